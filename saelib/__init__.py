@@ -1,0 +1,9 @@
+"""Sparse autoencoders of Gao et al. 2024: methods, training, evaluation, and the experiments of the book."""
+from saelib.methods import METHODS
+from saelib.metrics import evaluate
+from saelib.runs import Fit, RunConfig, fit, run, sweep
+from saelib.sae import SAE, load
+from saelib.sources import Source
+from saelib.subjects import open_source
+
+__all__ = ["METHODS", "SAE", "Fit", "RunConfig", "Source", "evaluate", "fit", "load", "open_source", "run", "sweep"]

@@ -1,0 +1,72 @@
+"""Comparing frontiers: normalized MSE at matched L0, intervals over seeds, and the search for a wanted L0."""
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from saelib.runs import RunConfig, sweep
+
+
+def at_l0(points: Sequence[tuple[float, float]], l0: float) -> float:
+    """Normalized MSE at a wanted L0, by straight lines between neighbours on logarithmic axes.
+
+    Args:
+        points: (L0, normalized MSE) of one method and one seed.
+        l0: where to read.
+
+    Returns:
+        The value there; NaN outside the range of the points, for a frontier is not extrapolated.
+    """
+    ordered = sorted(p for p in points if p[0] > 0 and p[1] > 0)
+    if not ordered or not ordered[0][0] <= l0 <= ordered[-1][0]:
+        return math.nan
+    xs, ys = np.log(np.array(ordered)).T
+    return float(np.exp(np.interp(math.log(l0), xs, ys)))
+
+
+def ratios(rows: Sequence[dict], over: str, under: str, l0s: Sequence[float]) -> dict[float, dict[int, float]]:
+    """How many times `over`'s normalized MSE is `under`'s, at each L0 and for each seed.
+
+    Where either frontier does not reach an L0, that L0 is left out for that seed.
+
+    Returns:
+        L0 -> seed -> MSE(over) / MSE(under).
+    """
+    points: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for row in rows:
+        points.setdefault((row["config"]["method"], row["config"]["seed"]), []).append((row["metrics"]["l0"], row["metrics"]["normalized_mse"]))
+    seeds = sorted({seed for _, seed in points})
+    table = {l0: {seed: at_l0(points.get((over, seed), []), l0) / at_l0(points.get((under, seed), []), l0) for seed in seeds} for l0 in l0s}
+    return {l0: {s: r for s, r in by_seed.items() if not math.isnan(r)} for l0, by_seed in table.items()}
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean and confidence interval by Student's t, over seeds; infinite with a single seed."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, -math.inf, math.inf
+    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return mean, mean - half, mean + half
+
+
+def bisect(config: RunConfig, target_l0: float, *, tolerance: float = 0.05, most: int = 12, store: Path | str | None = None,
+           device: str = "auto") -> list[dict]:
+    """Train again and again until L0 is within `tolerance` of `target_l0`, halving the bracket of the knob on a log axis.
+
+    The knob starts at `config.sparsity` and moves by a factor of 4 until the target is bracketed.
+
+    Returns:
+        Every run that it took, in order; the last one hit, unless `most` runs were not enough.
+    """
+    rows, below, above = [], None, None  # sparsity with L0 below, above the target
+    while len(rows) < most:
+        rows += sweep([config], store, device=device)
+        l0 = rows[-1]["metrics"]["l0"]
+        if abs(l0 / target_l0 - 1) <= tolerance:
+            break
+        below, above = (config.sparsity, above) if l0 < target_l0 else (below, config.sparsity)
+        config = replace(config, sparsity=math.sqrt(below * above) if below and above else below / 4 if below else above * 4)
+    return rows

@@ -1,0 +1,185 @@
+"""The sparse path: encode, select and decode without ever forming the dense latents or their gradient.
+
+`[batch, n_latents]` latents with k non-zeros a row are kept as `values` [batch, k] beside `Active`, which
+knows the indices and the three products that training needs. All of it is stock torch operations, which run
+on the CPU and the GPU alike. The plain twin of this file is `SAE.forward` with `path="dense"`.
+"""
+import warnings
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+BLOCK_ROWS = 256  # tokens whose pre-activations are held at once: few enough to stay in the cache
+MARGIN = 0.25  # extra candidates that a bf16 selection keeps for the exact choice
+
+with warnings.catch_warnings():  # torch says once that its CSR tensors are in beta: let it say so here, and to nobody
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0], [], [], (0, 0))
+
+
+class Active:
+    """Which latents are active for which token: a sparse `[batch, n_latents]` matrix without its values.
+
+    The weight gradients need the same pairs grouped by latent. Grouping costs a sort, so it is made once,
+    when first asked for, and shared by the encoder's and the decoder's gradient.
+    """
+
+    def __init__(self, indices: Int[Tensor, "batch k"], n_latents: int):
+        self.indices, self.n_latents = indices, n_latents
+
+    @cached_property
+    def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The (token, latent) pairs in order of latent: their order, their tokens, where each latent begins."""
+        flat, k = self.indices.reshape(-1), self.indices.shape[1]
+        key = flat.to(torch.int16) if self.n_latents <= 2**15 else flat  # a radix sort pays by the byte
+        order = torch.sort(key, stable=True).indices
+        starts = torch.zeros(self.n_latents + 1, dtype=torch.int64, device=flat.device)
+        torch.cumsum(torch.bincount(flat, minlength=self.n_latents), 0, out=starts[1:])
+        return order, (order // k).to(self.indices.dtype), starts[:-1].to(self.indices.dtype)
+
+    def decode(self, values: Float[Tensor, "batch k"], rows: Float[Tensor, "n_latents d"]) -> Float[Tensor, "batch d"]:
+        """out_b = Σ_j values_bj rows[indices_bj]: the sparse matrix times `rows`."""
+        return F.embedding_bag(self.indices, rows, per_sample_weights=values, mode="sum")
+
+    def sum_tokens(self, values: Float[Tensor, "batch k"], tokens: Float[Tensor, "batch d"]) -> Float[Tensor, "n_latents d"]:
+        """out_i = Σ_b values_bi tokens_b: the transposed sparse matrix times `tokens`."""
+        order, token_of, starts = self.by_latent
+        return F.embedding_bag(token_of, tokens, starts, per_sample_weights=values.reshape(-1)[order], mode="sum")
+
+    def dot(self, tokens: Float[Tensor, "batch d"], rows: Float[Tensor, "n_latents d"]) -> Float[Tensor, "batch k"]:
+        """out_bj = <tokens_b, rows[indices_bj]>: the entries of tokens @ rows.T that are active."""
+        batch, k = self.indices.shape
+        crow = torch.arange(0, batch * k + 1, k, dtype=self.indices.dtype, device=tokens.device)
+        pattern = torch.sparse_csr_tensor(crow, self.indices.reshape(-1), tokens.new_zeros(batch * k),
+                                          (batch, self.n_latents), check_invariants=False)
+        return torch.sparse.sampled_addmm(pattern, tokens, rows.t()).values().view(batch, k)
+
+    def sum_latents(self, values: Float[Tensor, "batch k"]) -> Float[Tensor, " n_latents"]:
+        """out_i = Σ_b values_bi."""
+        return values.new_zeros(self.n_latents).index_add_(0, self.indices.reshape(-1), values.reshape(-1))
+
+
+@torch.no_grad()
+def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_enc: Float[Tensor, " n_latents"], k: int,
+           precision: str = "fp32") -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """The k largest pre-activations of each token, in no particular order.
+
+    With precision "bf16" the product W_enc x is computed in bfloat16 only to name k + 25 % candidates; their
+    values are then computed in full precision, and the k largest of those are returned.
+
+    Args:
+        x: centred activations, x - b_pre.
+        W_enc: encoder, one row a latent.
+        b_enc: encoder bias.
+        k: how many to keep.
+        precision: "fp32" (the type of `x`) or "bf16".
+
+    Returns:
+        Pre-activations and the latents that they belong to (int32).
+
+    Paper: §2.3, Eq. (3)
+    """
+    n_latents = len(W_enc)
+    n_kept = k if precision == "fp32" else min(n_latents, k + max(4, round(k * MARGIN)))
+    dtype = torch.bfloat16 if precision == "bf16" else x.dtype
+    cast_x, weight, bias = x.to(dtype), W_enc.to(dtype).t(), b_enc.to(dtype)
+    values = x.new_empty(len(x), n_kept)
+    indices = torch.empty(len(x), n_kept, dtype=torch.int32, device=x.device)
+    rows = BLOCK_ROWS if x.device.type == "cpu" else len(x)
+    buffer = torch.empty(min(rows, len(x)), n_latents, dtype=dtype, device=x.device)
+    for start in range(0, len(x), rows):
+        block = cast_x[start: start + rows]
+        pre_acts = torch.addmm(bias, block, weight, out=buffer[: len(block)])
+        values[start: start + rows], indices[start: start + rows] = pre_acts.topk(n_kept, dim=1, sorted=False)
+    if precision == "fp32":
+        return values, indices
+    candidates = Active(indices, n_latents)
+    exact = candidates.dot(x, W_enc) + b_enc[indices]
+    values, best = exact.topk(k, dim=1, sorted=False)
+    return values, indices.gather(1, best)
+
+
+class _Encode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, b_pre, W_enc, b_enc, k, precision):
+        centred = x - b_pre
+        values, indices = select(centred, W_enc, b_enc, k, precision)
+        values.relu_()
+        ctx.active = Active(indices, len(W_enc))
+        ctx.save_for_backward(centred, W_enc, values)
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        return values, indices, ctx.active
+
+    @staticmethod
+    def backward(ctx, grad_values, *_):
+        if grad_values is None:
+            return (None,) * 6
+        centred, W_enc, values = ctx.saved_tensors
+        grad = grad_values * (values > 0)
+        grad_b_enc = ctx.active.sum_latents(grad)
+        grad_W_enc = ctx.active.sum_tokens(grad, centred) if ctx.needs_input_grad[2] else None
+        grad_b_pre = -(grad_b_enc @ W_enc) if ctx.needs_input_grad[1] else None
+        grad_x = ctx.active.decode(grad, W_enc) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_b_pre, grad_W_enc, grad_b_enc, None, None
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, W_dec, active):
+        ctx.active = active
+        ctx.save_for_backward(values, W_dec)
+        return active.decode(values, W_dec)
+
+    @staticmethod
+    def backward(ctx, grad):
+        values, W_dec = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_values = ctx.active.dot(grad, W_dec) if ctx.needs_input_grad[0] else None
+        grad_W_dec = ctx.active.sum_tokens(values, grad) if ctx.needs_input_grad[1] else None
+        return grad_values, grad_W_dec, None
+
+
+def encode(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[Tensor, "n_latents d"],
+           b_enc: Float[Tensor, " n_latents"], k: int, precision: str = "fp32") -> tuple[Float[Tensor, "batch k"], Active]:
+    """TopK latents, as their values and their places. Differentiable in all four tensors.
+
+    z = TopK(ReLU(W_enc (x - b_pre) + b_enc))
+
+    Backward: the gradient of `values` reaches the selected rows only, and only where the value is positive:
+    the exact Jacobian away from ties.
+
+    Args:
+        x: activations.
+        b_pre: the bias subtracted before encoding.
+        W_enc: encoder, one row a latent.
+        b_enc: encoder bias.
+        k: how many latents to keep for each token.
+        precision: "fp32", or "bf16" to select in bfloat16 (see `select`).
+
+    Returns:
+        The values (0 where a selected pre-activation was not positive), and the `Active` that places them.
+
+    Paper: §2.3, Eq. (3)
+    """
+    values, _, active = _Encode.apply(x, b_pre, W_enc, b_enc, k, precision)
+    return values, active
+
+
+def decode(values: Float[Tensor, "batch k"], active: Active, W_dec: Float[Tensor, "n_latents d"]) -> Float[Tensor, "batch d"]:
+    """The reconstruction without b_pre: Σ_j values_bj W_dec[indices_bj]. Differentiable in `values` and `W_dec`.
+
+    Args:
+        values: the active latents.
+        active: their places.
+        W_dec: decoder, one row a latent.
+
+    Returns:
+        [batch, d], in the units of `W_dec` times those of `values`.
+
+    Paper: §2.2, Eq. (1)
+    """
+    return _Decode.apply(values, W_dec, active)

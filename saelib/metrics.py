@@ -1,0 +1,68 @@
+"""How good an SAE is: sums over tokens, and one division at the end."""
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+BATCH = 2048
+
+
+def rows(x: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+    """Batches of activations, float32: a tensor is cut into pieces, an iterable is passed on."""
+    for batch in x.split(BATCH) if isinstance(x, Tensor) else x:
+        yield batch.float()
+
+
+@torch.no_grad()
+def evaluate(sae, x: Tensor | Iterable[Tensor], mean: Tensor | None = None) -> dict[str, float]:
+    """Reconstruction and sparsity of an SAE on held-out activations. It changes nothing in the SAE.
+
+    normalized_mse     = Σ_b ||x_b - x_hat_b||² / Σ_b ||x_b - mean||²
+    explained_variance = 1 - Σ_b ||e_b - mean(e)||² / Σ_b ||x_b - mean(x)||²,  e = x - x_hat
+
+    The two differ where the reconstruction is biased: the first counts the bias, the second hides it.
+
+    Args:
+        sae: the autoencoder.
+        x: activations [n_tokens, d_model], or an iterable of such batches.
+        mean: what the trivial predictor says, the mean of the TRAINING activations; the mean of `x` if None.
+
+    Returns:
+        `normalized_mse`, `explained_variance`, `l0` (mean number of active latents a token), `l1` (mean sum of the
+        latents a token), `dead_fraction` (latents that fire on none of these tokens), `short_fraction` (tokens with
+        fewer active latents than the method's k; 0 without a k), `n_tokens`.
+
+    Raises:
+        ValueError: no tokens, a wrong shape, or activations that are not finite.
+
+    Paper: §2.2 and §3 (normalized MSE), §2.4 (dead latents)
+    """
+    device = sae.W_dec.device
+    n_tokens, n_short, active, l1, fired = 0, 0, 0, 0.0, torch.zeros(sae.n_latents, dtype=torch.bool, device=device)
+    sums = {name: torch.zeros(sae.d_model, dtype=torch.float64, device=device) for name in ("x", "x²", "e", "e²")}
+    for batch in rows(x):
+        batch = batch.to(device)
+        sae.check(batch)
+        latents = sae.encode(batch)
+        error = (batch - sae.decode(latents)).double()
+        on = latents != 0
+        n_tokens, active, l1 = n_tokens + len(batch), active + on.sum(), l1 + latents.abs().sum().double()
+        n_short += (on.sum(1) < getattr(sae.method, "k", 0)).sum()
+        fired |= on.any(0)
+        for name, value in (("x", batch.double()), ("e", error)):
+            sums[name] += value.sum(0)
+            sums[name + "²"] += value.pow(2).sum(0)
+    if n_tokens == 0:
+        raise ValueError("x is empty: it must hold at least one token")
+    if not torch.isfinite(sums["x²"]).all():
+        raise ValueError("x holds NaN or Inf: activations must be finite")
+    mean_x, mean_e = sums["x"] / n_tokens, sums["e"] / n_tokens
+    centre = mean_x if mean is None else mean.to(device).double()
+    about_centre = (sums["x²"] - 2 * centre * sums["x"] + n_tokens * centre**2).sum()
+    about_mean = (sums["x²"] - n_tokens * mean_x**2).sum()
+    return {
+        "normalized_mse": float(sums["e²"].sum() / about_centre),
+        "explained_variance": float(1 - (sums["e²"] - n_tokens * mean_e**2).sum() / about_mean),
+        "l0": float(active / n_tokens), "l1": float(l1 / n_tokens),
+        "dead_fraction": float(1 - fired.float().mean()), "short_fraction": float(n_short / n_tokens), "n_tokens": n_tokens,
+    }

@@ -1,0 +1,234 @@
+"""Experiments as data: one run, many runs, and the rows that they leave."""
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from saelib import metrics, sources, subjects
+from saelib.sae import SAE, geometric_median
+from saelib.train import paper_lr, train
+
+PACKAGE = Path(__file__).parent
+DECIDING = ("kernels", "losses", "methods", "metrics", "runs", "sae", "sources", "subjects", "texts", "train")
+MEDIAN_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that determines one SAE, as plain values. What it leaves at None follows from the rest (see `resolve`)."""
+    subject: str
+    method: str
+    sparsity: float
+    n_latents: int
+    n_tokens: int
+    batch_size: int = 1024
+    lr: float | None = None
+    seed: int = 0
+    source_tokens: int | None = None
+    layer: int | None = None
+    text: str | None = None
+    penalty_warmup: float | None = None
+    auxk_coef: float = 1 / 32
+    dead_after: int | None = None
+    ema_decay: float = 0.0
+    path: str = "sparse"
+    precision: str = "fp32"
+
+    def __post_init__(self):
+        for name in ("n_latents", "n_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be 1 or more")
+
+    def resolve(self) -> "RunConfig":
+        """The same with every None filled in that training needs: the paper's learning rate; a penalty that rises over
+        the first tenth; `dead_after` a tenth of the run, for our runs are far shorter than the paper's 10M tokens."""
+        return replace(self, lr=self.lr or paper_lr(self.n_latents), source_tokens=self.source_tokens or self.n_tokens,
+                       penalty_warmup=0.1 if self.penalty_warmup is None else self.penalty_warmup,
+                       dead_after=self.dead_after or min(10_000_000, max(1, self.n_tokens // 10)))
+
+
+class Fit(NamedTuple):
+    """A trained SAE, its held-out metrics, and the history of its training."""
+    sae: SAE
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+
+
+def pick_device(device: str) -> str:
+    """The device that "auto" stands for: the GPU if there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", on_tokens=None, checkpoint: Path | None = None) -> Fit:
+    """Train and judge the SAE that `config` describes on an open source: the one path that `fit` and `run` share."""
+    config, device = config.resolve(), pick_device(device)
+    batch_size = min(config.batch_size, config.n_tokens)
+    sae = SAE(source.d_model, config.n_latents, config.method, config.sparsity, normalisation=source.normalisation, seed=config.seed)
+    with torch.no_grad():
+        sae.b_pre.copy_(geometric_median(next(source.batches(min(MEDIAN_ROWS, source.n_tokens), 1, config.seed))))
+    sae.to(device)
+    n_steps, start = -(-config.n_tokens // batch_size), time.monotonic()
+    history = train(sae, lambda step: source.batches(batch_size, n_steps, config.seed, step), n_steps, lr=config.lr,
+                    penalty_warmup=config.penalty_warmup, auxk_coef=config.auxk_coef, dead_after=config.dead_after,
+                    ema_decay=config.ema_decay, path=config.path, precision=config.precision, checkpoint=checkpoint,
+                    on_step=on_tokens and (lambda step: on_tokens(batch_size)))
+    seconds = time.monotonic() - start
+    measured = metrics.evaluate(sae, source.held_out, source.mean)
+    return Fit(sae, measured | {"tokens_per_second": n_steps * batch_size / seconds, "seconds": seconds}, history)
+
+
+def fit(source: Tensor | sources.Source, method: str = "topk", sparsity: float = 32, *, n_latents: int, n_tokens: int,
+        batch_size: int = 1024, lr: float | None = None, seed: int = 0, device: str = "auto", progress: bool = True) -> Fit:
+    """Train a sparse autoencoder on activations.
+
+    Args:
+        source: [n_tokens, d_model] activations, used as they are, or a saelib source.
+        method: a key of `METHODS`.
+        sparsity: k for "topk", the L1 coefficient for "relu".
+        n_latents: size of the dictionary.
+        n_tokens: tokens to train on; more than the source holds means several epochs.
+        batch_size: tokens a step.
+        lr: peak learning rate; the paper's rule, 2e-4 sqrt(2^14 / n_latents), if None.
+        seed: of the initial weights and the order of the tokens.
+        device: "cpu", "cuda", or "auto".
+        progress: show a progress bar on stderr.
+
+    Returns:
+        `Fit`: `.sae`, `.metrics` (held-out normalized_mse, l0, dead_fraction, explained_variance; tokens_per_second), `.history`.
+
+    Raises:
+        ValueError: an argument breaks its rule; the message names it.
+        FloatingPointError: the loss is no longer finite.
+
+    Paper: §2, Appendix A
+    """
+    if isinstance(source, Tensor):
+        source = sources.from_tensor(source)
+    config = RunConfig(source.name, method, sparsity, n_latents, n_tokens, batch_size, lr, seed)
+    with tqdm(total=n_tokens, unit="tok", unit_scale=True, disable=not progress, desc=f"{method} {sparsity:g}") as bar:
+        return fit_source(source, config, device, bar.update)
+
+
+@cache
+def code_hash() -> str:
+    """A hash of the modules that decide numbers, from activations to metrics: not plots, not prose."""
+    digest = hashlib.sha256()
+    for name in DECIDING:
+        digest.update((PACKAGE / f"{name}.py").read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def provenance(device: str) -> dict[str, str]:
+    """What a row says of where it was made: package versions, hardware, commit, code."""
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=PACKAGE, capture_output=True, text=True).stdout.strip()
+    return {"saelib": importlib.metadata.version("saelib"), "torch": torch.__version__, "python": platform.python_version(),
+            "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU {torch.backends.cpu.get_cpu_capability()}",
+            "commit": commit or "unknown", "code": code_hash()}
+
+
+_SOURCES: dict[tuple, sources.Source] = {}
+_OPENING = threading.Lock()
+
+
+def open_source(config: RunConfig, device: str = "cpu") -> sources.Source:
+    """The source of a run; members of a sweep that ask for the same share it."""
+    config = config.resolve()
+    key = config.subject, config.source_tokens, config.text, config.layer
+    with _OPENING:
+        if key not in _SOURCES:
+            _SOURCES[key] = subjects.open_source(config.subject, config.source_tokens, text=config.text, layer=config.layer, device=device)
+        return _SOURCES[key]
+
+
+def run(config: RunConfig, device: str = "auto", on_tokens=None, checkpoint: Path | None = None) -> dict:
+    """One row: what was asked, what was measured, and where.
+
+    Returns:
+        {"config", "metrics", "provenance", "date"}, JSON-able.
+    """
+    device = pick_device(device)
+    result = fit_source(open_source(config, device), config, device, on_tokens, checkpoint)
+    return {"config": asdict(config), "metrics": result.metrics, "provenance": provenance(device), "date": time.strftime("%Y-%m-%d")}
+
+
+def read_rows(store: Path | str) -> list[dict]:
+    """The rows of a store, in the order in which they were written. A torn last line, left by a kill, is cut off."""
+    store = Path(store)
+    if not store.exists():
+        return []
+    text = store.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        os.truncate(store, len(whole.encode()))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, device: str = "auto", progress: bool = True) -> list[dict]:
+    """The rows of `configs`, in their order: read from the store where it has them, run where it lacks them.
+
+    A row counts only if the code that made it is the code that is here. Members run side by side, a thread and a core
+    each, so that a row does not depend on how many cores there are. Each row is written when it is done: kill the sweep,
+    and the next call goes on from there.
+
+    Args:
+        configs: what to run.
+        store: a file of JSON lines; None keeps nothing.
+        device: "cpu", "cuda", or "auto".
+        progress: show a progress bar on stderr.
+
+    Returns:
+        One row (see `run`) for each config.
+    """
+    configs, device = list(configs), pick_device(device)
+    done = {json.dumps(row["config"]): row for row in read_rows(store) if row["provenance"]["code"] == code_hash()} if store else {}
+    todo = [config for config in dict.fromkeys(configs) if json.dumps(asdict(config)) not in done]
+    if store and todo:
+        Path(store).parent.mkdir(parents=True, exist_ok=True)
+    stop, writing = threading.Event(), threading.Lock()
+    bar = tqdm(total=sum(c.n_tokens for c in todo), unit="tok", unit_scale=True, disable=not (progress and todo),
+               mininterval=2, desc=f"{len(todo)} runs", file=sys.stderr)
+
+    def count(n: int) -> None:
+        bar.update(n)
+        if stop.is_set():
+            raise KeyboardInterrupt
+
+    def member(config: RunConfig) -> None:
+        if device == "cpu":
+            torch.set_num_threads(1)
+        row = run(config, device, count)
+        with writing:
+            done[json.dumps(row["config"])] = row
+            if store:
+                with open(store, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+    n_threads = torch.get_num_threads()
+    with bar, ThreadPoolExecutor(1 if device == "cuda" else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
+        futures = [pool.submit(member, config) for config in todo]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            torch.set_num_threads(n_threads)
+    return [done[json.dumps(asdict(config))] for config in configs]

@@ -1,0 +1,166 @@
+"""The sparse autoencoder: two matrices, two biases and a method."""
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from saelib import kernels, methods
+
+FORMAT = "saelib-1"
+
+
+class Output(NamedTuple):
+    """What one forward pass leaves: on the dense path `latents` are all of them, [batch, n_latents], and `active`
+    is None; on the sparse path `latents` are the values, [batch, k], and `active` places them."""
+    x_hat: Tensor
+    latents: Tensor
+    active: kernels.Active | None
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder with a single hidden layer.
+
+    z = act(W_enc (x - b_pre) + b_enc),  x_hat = W_dec^T z + b_pre
+
+    `W_enc` and `W_dec` are both [n_latents, d_model], one row a latent: `W_dec` is the transpose of the paper's.
+    At the start `W_enc` equals `W_dec`, whose rows are random unit vectors; they are not tied after that.
+
+    Args:
+        d_model: size of an activation.
+        n_latents: how many latents.
+        method: a key of `METHODS`.
+        sparsity: the value of the method's knob, k or an L1 coefficient.
+        normalisation: what was done to the inputs that this SAE expects (see `saelib.sources.normalise`).
+        seed: of the initial directions.
+
+    Raises:
+        ValueError: a size below 1, an unknown method, or a sparsity that the method does not take.
+
+    Paper: §2.2, Eq. (1)
+    """
+
+    def __init__(self, d_model: int, n_latents: int, method: str = "topk", sparsity: float = 32, *,
+                 normalisation: str = "none", seed: int = 0):
+        super().__init__()
+        for name, value in (("d_model", d_model), ("n_latents", n_latents)):
+            if value < 1:
+                raise ValueError(f"{name} is {value!r}: it must be 1 or more")
+        self.d_model, self.n_latents, self.normalisation = d_model, n_latents, normalisation
+        self.method = methods.make(method, n_latents, sparsity)
+        rows = torch.randn(n_latents, d_model, generator=torch.Generator().manual_seed(seed))
+        rows /= rows.norm(dim=1, keepdim=True)
+        self.W_enc, self.W_dec = nn.Parameter(rows.clone()), nn.Parameter(rows.clone())
+        self.b_enc, self.b_pre = nn.Parameter(torch.zeros(n_latents)), nn.Parameter(torch.zeros(d_model))
+
+    def check(self, x: Tensor) -> None:
+        """Raise ValueError unless x is [batch, d_model]."""
+        if x.dim() != 2 or x.shape[1] != self.d_model:
+            raise ValueError(f"x has shape {list(x.shape)}: it must be [batch, d_model = {self.d_model}]")
+
+    def pre_acts(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch n_latents"]:
+        """W_enc (x - b_pre) + b_enc."""
+        return (x - self.b_pre) @ self.W_enc.t() + self.b_enc
+
+    def encode(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch n_latents"]:
+        """The latents z of activations x, dense, with exact zeros. Paper: §2.2, Eq. (1)"""
+        self.check(x)
+        return self.method(self.pre_acts(x))  # Eq. (1)
+
+    def decode(self, latents: Float[Tensor, "batch n_latents"]) -> Float[Tensor, "batch d_model"]:
+        """The reconstruction x_hat of dense latents. Paper: §2.2, Eq. (1)"""
+        return latents @ self.W_dec + self.b_pre  # Eq. (1)
+
+    def run(self, x: Float[Tensor, "batch d_model"], path: str = "sparse", precision: str = "fp32") -> Output:
+        """One forward pass with all that it makes.
+
+        Args:
+            x: activations.
+            path: "sparse" never forms the dense latents of a method that has a k; "dense" is its plain twin.
+            precision: "fp32", or "bf16" to select latents in bfloat16.
+
+        Returns:
+            `Output`: x_hat, and the latents of that path.
+        """
+        self.check(x)
+        if path == "sparse" and hasattr(self.method, "k"):
+            values, active = kernels.encode(x, self.b_pre, self.W_enc, self.b_enc, self.method.k, precision)
+            return Output(kernels.decode(values, active, self.W_dec) + self.b_pre, values, active)
+        latents = self.encode(x)
+        return Output(self.decode(latents), latents, None)
+
+    def forward(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_model"]:
+        """The reconstruction x_hat of activations x."""
+        return self.run(x).x_hat
+
+    @torch.no_grad()
+    def normalise_decoder(self) -> None:
+        """Scale each decoder row to unit norm. Paper: Appendix A.1"""
+        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
+
+    @torch.no_grad()
+    def remove_parallel_gradient(self) -> None:
+        """Remove from each decoder row's gradient the part parallel to the row: it would only change the norm,
+        which is fixed, and it would disturb Adam's moments. Paper: Appendix A.1"""
+        grad, rows = self.W_dec.grad, self.W_dec
+        grad.addcmul_((grad * rows).sum(1, keepdim=True), rows, value=-1)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `sae.safetensors` and `sae.json` into `folder`, each whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {"format": FORMAT, "d_model": self.d_model, "n_latents": self.n_latents, "method": self.method.key,
+                 "sparsity": self.method.sparsity, "normalisation": self.normalisation}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / "sae.safetensors.partial")
+        (folder / "sae.json.partial").write_text(json.dumps(about, indent=1) + "\n")
+        (folder / "sae.safetensors.partial").replace(folder / "sae.safetensors")
+        (folder / "sae.json.partial").replace(folder / "sae.json")
+
+
+def load(folder: str | Path) -> SAE:
+    """Read an SAE that `SAE.save` wrote.
+
+    Raises:
+        ValueError: the folder holds no SAE of this format, or its tensors do not fit its description.
+    """
+    folder = Path(folder)
+    if not (folder / "sae.json").is_file():
+        raise ValueError(f"folder is {str(folder)!r}: it must hold sae.json and sae.safetensors")
+    about = json.loads((folder / "sae.json").read_text())
+    if about.pop("format", None) != FORMAT:
+        raise ValueError(f"folder is {str(folder)!r}: its sae.json must say format {FORMAT!r}")
+    sae = SAE(**about)
+    tensors = load_file(folder / "sae.safetensors")
+    for name, own in sae.state_dict().items():
+        if name not in tensors or tensors[name].shape != own.shape:
+            raise ValueError(f"folder is {str(folder)!r}: {name} must be a tensor of shape {list(own.shape)}")
+    sae.load_state_dict(tensors)
+    return sae
+
+
+def geometric_median(x: Float[Tensor, "batch d_model"], n_steps: int = 50) -> Float[Tensor, " d_model"]:
+    """The point with the least sum of distances to the rows of x, by Weiszfeld's iteration.
+
+    m <- Σ_b x_b / ||x_b - m||  /  Σ_b 1 / ||x_b - m||
+
+    Args:
+        x: activations; a few thousand rows are enough.
+        n_steps: iterations at most.
+
+    Returns:
+        The median, in the units of x.
+
+    Paper: Appendix A.1 (initial b_pre)
+    """
+    median = x.mean(0)
+    for _ in range(n_steps):
+        weight = 1 / (x - median).norm(dim=1).clamp_min(1e-8)
+        previous, median = median, weight @ x / weight.sum()
+        if torch.allclose(previous, median, rtol=0, atol=1e-6 / math.sqrt(x.shape[1])):
+            break
+    return median

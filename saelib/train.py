@@ -1,0 +1,187 @@
+"""The training loop. There is one; methods plug into it."""
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from saelib import losses
+from saelib.sae import SAE
+
+BETAS, EPS = (0.9, 0.999), 6.25e-10  # Paper: Appendix A.3
+LOG_POINTS = 100
+CHECKPOINT_SECONDS = 60
+
+
+def paper_lr(n_latents: int) -> float:
+    """The paper's learning rate, 2e-4 at 2^14 latents, falling as 1/sqrt(n). Paper: §3.1.1 (Fig. 3)"""
+    return 2e-4 * math.sqrt(2**14 / n_latents)
+
+
+def schedule(step: int, n_steps: int) -> float:
+    """What multiplies the learning rate: up over the first 5 % of the steps, 1, and down to 0 over the last 20 %."""
+    return min(1.0, (step + 1) / (0.05 * n_steps), (n_steps - step) / (0.2 * n_steps))
+
+
+def default_k_aux(d_model: int) -> int:
+    """How many dead latents AuxK uses: the power of two nearest d_model / 2. Paper: Appendix A.2"""
+    return 2 ** round(math.log2(max(1, d_model / 2)))
+
+
+def auxk_term(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int) -> Tensor:
+    """The AuxK loss: the k_aux largest of the dead latents reconstruct the residual, without b_pre.
+
+    L_aux = ||e - ê||² (normalised),  e = x - x_hat,  ê = Σ_{i dead, top k_aux} z_i W_dec[i]
+
+    Args:
+        sae: the autoencoder.
+        x: activations.
+        x_hat: their reconstructions.
+        dead: the indices of the dead latents.
+        k_aux: how many of them may be active for each token.
+
+    Returns:
+        A scalar; 0, without a gradient, when nothing is dead.
+
+    Paper: Appendix A.2
+    """
+    if len(dead) == 0:
+        return x.new_zeros(())
+    latents = torch.relu((x - sae.b_pre) @ sae.W_enc[dead].t() + sae.b_enc[dead])
+    if len(dead) > k_aux:
+        least = latents.topk(k_aux, dim=1, sorted=False).values.amin(1, keepdim=True)
+        latents = latents * (latents >= least)
+    return losses.auxk(x - x_hat, latents @ sae.W_dec[dead])
+
+
+class Loop:
+    """The state of one training run: the SAE, Adam, and what the loop alone knows."""
+
+    def __init__(self, sae: SAE, lr: float, dead_after: int, auxk_coef: float, k_aux: int, ema_decay: float):
+        self.sae, self.lr, self.dead_after, self.auxk_coef, self.k_aux = sae, lr, dead_after, auxk_coef, k_aux
+        self.adam = torch.optim.Adam(sae.parameters(), lr=lr, betas=BETAS, eps=EPS, fused=True)
+        self.tokens_since_fired = torch.zeros(sae.n_latents, dtype=torch.int64, device=sae.W_dec.device)
+        self.step, self.history = 0, []
+        self.ema = torch.optim.swa_utils.AveragedModel(sae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
+
+    def state(self) -> dict:
+        return {"sae": self.sae.state_dict(), "adam": self.adam.state_dict(), "tokens_since_fired": self.tokens_since_fired,
+                "step": self.step, "history": self.history, "ema": self.ema.state_dict() if self.ema else None}
+
+    def restore(self, state: dict) -> None:
+        self.sae.load_state_dict(state["sae"])
+        self.adam.load_state_dict(state["adam"])
+        self.tokens_since_fired.copy_(state["tokens_since_fired"])
+        self.step, self.history = state["step"], state["history"]
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+
+    @torch.no_grad()
+    def count_fired(self, latents: Tensor, active) -> None:
+        """Paper: §2.4 (dead latents). Tokens are counted, not steps."""
+        self.tokens_since_fired += len(latents)
+        if active is None:
+            self.tokens_since_fired[(latents != 0).any(0)] = 0
+        else:
+            self.tokens_since_fired[active.indices[latents > 0].long()] = 0
+
+    def terms(self, x: Tensor, out, penalty_scale: float) -> dict[str, Tensor]:
+        """The weighted terms of the loss. Their sum is optimised; the same dict is the log."""
+        terms = {"squared_error": losses.squared_error(x, out.x_hat)}
+        terms |= {name: penalty_scale * term for name, term in self.sae.method.penalty(self.sae, x, out).items()}
+        if self.auxk_coef:
+            dead = (self.tokens_since_fired > self.dead_after).nonzero().squeeze(1)
+            terms["auxk"] = self.auxk_coef * auxk_term(self.sae, x, out.x_hat, dead, self.k_aux)
+        return terms
+
+    def one(self, x: Tensor, lr_scale: float, penalty_scale: float, path: str, precision: str, log: bool) -> None:
+        """One step, in the order that the tests hold it to."""
+        sae = self.sae
+        out = sae.run(x, path, precision)
+        self.count_fired(out.latents.detach(), out.active)
+        terms = self.terms(x, out, penalty_scale)
+        loss = sum(terms.values())
+        terms = {name: term.detach() for name, term in terms.items()}
+        if log or x.device.type == "cpu":  # on a GPU the check would wait for the device at every step
+            check_finite(terms, self.step)
+        self.adam.zero_grad()
+        loss.backward()
+        sae.remove_parallel_gradient()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        self.adam.param_groups[0]["lr"] = self.lr * lr_scale
+        self.adam.step()
+        sae.normalise_decoder()
+        if self.ema:
+            self.ema.update_parameters(sae)
+        self.step += 1
+        if log:
+            self.history.append({"step": self.step, "tokens": self.step * len(x), "l0": float((out.latents != 0).sum() / len(x)),
+                                 "dead_fraction": float((self.tokens_since_fired > self.dead_after).float().mean()),
+                                 **{name: float(term) for name, term in terms.items()}})
+
+
+def check_finite(terms: dict[str, Tensor], step: int) -> None:
+    """Raise FloatingPointError, with the step and the terms, unless every term is finite."""
+    if not all(torch.isfinite(term) for term in terms.values()):
+        raise FloatingPointError(f"loss is not finite at step {step}: " + ", ".join(f"{k} = {float(v):g}" for k, v in terms.items()))
+
+
+def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *, lr: float | None = None, penalty_warmup: float = 0.0,
+          auxk_coef: float = 1 / 32, k_aux: int | None = None, dead_after: int = 10_000_000, ema_decay: float = 0.0,
+          path: str = "sparse", precision: str = "fp32", on_step: Callable[[int], None] | None = None,
+          checkpoint: Path | None = None) -> list[dict[str, float]]:
+    """Train `sae` in place.
+
+    The order of a step: forward; count what fired; loss terms; finite check; zero grad; backward; remove the decoder
+    gradient parallel to its rows; clip; Adam; unit-norm rows; EMA; `on_step`.
+
+    Args:
+        sae: the autoencoder, its b_pre already set.
+        batches: given the number of the step to start from, yields batches [batch_size, d_model] from there to `n_steps`.
+        n_steps: steps in all.
+        lr: peak learning rate; the paper's rule if None.
+        penalty_warmup: the fraction of the steps over which the method's penalty rises from 0 to its weight.
+        auxk_coef: weight of AuxK; 0 leaves it out.
+        k_aux: dead latents active in AuxK; about d_model / 2 if None.
+        dead_after: a latent is dead when it has not fired for this many tokens.
+        ema_decay: of the average of the weights that replaces them at the end; 0 for none.
+        path, precision: of the forward pass (see `SAE.run`).
+        on_step: called with the number of finished steps, after each.
+        checkpoint: a file to go on from if it exists; written every minute, removed at the end.
+
+    Returns:
+        About 100 rows: step, tokens, l0, dead_fraction and each weighted term of the loss at that step.
+
+    Raises:
+        FloatingPointError: a term of the loss is not finite.
+
+    Paper: §2.4, §3.1, Appendix A
+    """
+    loop = Loop(sae, lr or paper_lr(sae.n_latents), dead_after, auxk_coef, k_aux or default_k_aux(sae.d_model), ema_decay)
+    if checkpoint and checkpoint.exists():
+        loop.restore(torch.load(checkpoint, weights_only=True, map_location=sae.W_dec.device))
+    saved, log_every = time.monotonic(), max(1, n_steps // LOG_POINTS)
+    for x in batches(loop.step):
+        progress = loop.step / n_steps
+        loop.one(x.to(sae.W_dec.device, non_blocking=True), schedule(loop.step, n_steps), min(1.0, progress / penalty_warmup) if penalty_warmup else 1.0,
+                 path, precision, log=(loop.step + 1) % log_every == 0 or loop.step + 1 == n_steps)
+        if checkpoint and time.monotonic() - saved > CHECKPOINT_SECONDS:
+            save_checkpoint(loop, checkpoint)
+            saved = time.monotonic()
+        if on_step:
+            on_step(loop.step)
+    if loop.ema:
+        sae.load_state_dict(loop.ema.module.state_dict())
+        sae.normalise_decoder()
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
+    return loop.history
+
+
+def save_checkpoint(loop: Loop, path: Path) -> None:
+    """Write the state beside its place and move it there, so that an interruption leaves the previous one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(loop.state(), path.with_suffix(".partial"))
+    path.with_suffix(".partial").replace(path)

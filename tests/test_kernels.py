@@ -1,0 +1,91 @@
+"""The sparse path against its plain twin, forward and backward."""
+import pytest
+import torch
+
+from saelib import kernels
+from saelib.sae import SAE
+
+SHAPES = [(7, 5, 11, 3), (64, 33, 100, 1), (300, 16, 64, 64), (1, 1, 1, 1), (513, 24, 300, 17)]  # batch, d, n, k
+
+
+def make(d, n, k, seed=0):
+    sae = SAE(d, n, "topk", k, seed=seed)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        sae.b_enc.copy_(torch.randn(n, generator=generator))
+        sae.b_pre.copy_(torch.randn(d, generator=generator))
+        sae.W_enc.copy_(torch.randn(n, d, generator=generator))
+    return sae
+
+
+def through(sae, x, path, precision="fp32"):
+    """The reconstruction, and the gradient of a loss that asks for it AND for the latents, as auxiliary losses do."""
+    out = sae.run(x, path, precision)
+    weight = torch.linspace(-1, 1, x.shape[1])
+    loss = (out.x_hat * weight).sum() + out.latents.sin().sum()
+    return out.x_hat, *torch.autograd.grad(loss, [x, *sae.parameters()])
+
+
+@pytest.mark.parametrize("batch, d, n, k", SHAPES)
+def test_sparse_and_dense_agree_forward_and_backward(batch, d, n, k):
+    sae, x = make(d, n, k), torch.randn(batch, d, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    for ours, twin in zip(through(sae, x, "sparse"), through(sae, x, "dense")):
+        torch.testing.assert_close(ours, twin, rtol=1e-4, atol=2e-4)
+
+
+def test_the_same_latent_active_for_many_tokens_collects_all_their_gradients():
+    active = kernels.Active(torch.zeros(6, 1, dtype=torch.int32), n_latents=3)
+    tokens, values = torch.randn(6, 4), torch.rand(6, 1)
+    grouped = active.sum_tokens(values, tokens)
+    torch.testing.assert_close(grouped[0], (values * tokens).sum(0))
+    assert not grouped[1:].any()
+
+
+def test_the_three_products_are_those_of_the_sparse_matrix():
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.stack([torch.randperm(9, generator=generator)[:4] for _ in range(20)]).int()
+    values, tokens, rows = torch.randn(20, 4), torch.randn(20, 6), torch.randn(9, 6)
+    active, dense = kernels.Active(indices, 9), torch.zeros(20, 9).scatter_(1, indices.long(), values)
+    torch.testing.assert_close(active.decode(values, rows), dense @ rows)
+    torch.testing.assert_close(active.sum_tokens(values, tokens), dense.t() @ tokens)
+    torch.testing.assert_close(active.dot(tokens, rows), (tokens @ rows.t()).gather(1, indices.long()))
+    torch.testing.assert_close(active.sum_latents(values), dense.sum(0))
+
+
+def test_a_tie_keeps_exactly_k():
+    x, W_enc = torch.ones(3, 2), torch.ones(8, 2)
+    values, indices = kernels.select(x, W_enc, torch.zeros(8), 5)
+    assert values.shape == (3, 5) and all(len(set(row.tolist())) == 5 for row in indices)
+
+
+def test_a_selected_latent_that_is_not_positive_is_zero_and_learns_nothing():
+    sae = make(4, 6, 6)
+    with torch.no_grad():
+        sae.b_enc.fill_(-100.0)
+    out = sae.run(torch.randn(5, 4))
+    assert not out.latents.any()
+    out.x_hat.sum().backward()
+    assert not sae.W_enc.grad.any() and not sae.b_enc.grad.any()
+
+
+def test_bf16_selection_returns_exact_values_of_nearly_the_right_latents():
+    generator = torch.Generator().manual_seed(0)
+    x, W_enc = torch.randn(200, 64, generator=generator), torch.randn(512, 64, generator=generator)
+    values, indices = kernels.select(x, W_enc, torch.zeros(512), 32, "bf16")
+    pre_acts = x @ W_enc.t()
+    torch.testing.assert_close(values, pre_acts.gather(1, indices.long()), rtol=1e-4, atol=1e-4)
+    chosen = torch.zeros_like(pre_acts, dtype=torch.bool).scatter_(1, indices.long(), True)
+    exact = torch.zeros_like(chosen).scatter_(1, pre_acts.topk(32, dim=1).indices, True)
+    assert (chosen & exact).sum() / exact.sum() > 0.999
+
+
+def test_gradients_agree_with_finite_differences():
+    sae = make(3, 6, 2).double()
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    inputs = [x, sae.b_pre, sae.W_enc, sae.b_enc]
+
+    def reconstruct(x, b_pre, W_enc, b_enc):
+        values, active = kernels.encode(x, b_pre, W_enc, b_enc, 2)
+        return kernels.decode(values, active, sae.W_dec)
+
+    assert torch.autograd.gradcheck(reconstruct, inputs, eps=1e-7, atol=1e-5)

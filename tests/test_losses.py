@@ -1,0 +1,35 @@
+import torch
+
+from saelib import losses
+
+
+def test_squared_error_sums_over_dimensions_and_averages_over_tokens():
+    x, x_hat = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    assert losses.squared_error(x, x_hat).item() == (4 + 25) / 2
+
+
+def test_l1_is_the_mean_over_tokens_of_the_sum_of_magnitudes():
+    assert losses.l1(torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]])).item() == 3.0
+
+
+def test_auxk_is_one_for_the_mean_residual_and_zero_for_the_residual_itself():
+    residual = torch.randn(50, 4) + 3
+    assert torch.isclose(losses.auxk(residual, residual.mean(0).expand_as(residual)), torch.tensor(1.0))
+    assert losses.auxk(residual, residual).item() == 0
+
+
+def test_auxk_sends_no_gradient_into_the_residual():
+    residual = torch.randn(5, 3, requires_grad=True)
+    residual_hat = torch.randn(5, 3, requires_grad=True)
+    losses.auxk(residual, residual_hat).backward()
+    assert residual.grad is None and residual_hat.grad.abs().sum() > 0
+
+
+def test_auxk_is_finite_when_nothing_is_left_to_explain():
+    assert torch.isfinite(losses.auxk(torch.zeros(4, 3), torch.zeros(4, 3)))
+
+
+def test_multi_topk_is_a_sum_of_losses_and_not_the_loss_of_a_sum():
+    x, a, b = torch.randn(3, 6, 4).unbind(0)
+    expected = (x - a).pow(2).sum(1).mean() + (x - b).pow(2).sum(1).mean() / 8
+    assert torch.isclose(losses.multi_topk(x, a, b), expected)

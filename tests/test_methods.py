@@ -1,0 +1,79 @@
+"""One contract for every method, and what is particular to each."""
+import pytest
+import torch
+
+from saelib import METHODS, SAE, methods
+
+SOME = {"k": 4, "l1_coef": 0.01}
+
+
+@pytest.fixture(params=list(METHODS))
+def method(request):
+    return methods.make(request.param, 20, SOME[METHODS[request.param].knob])
+
+
+def test_it_says_what_figures_and_sweeps_need(method):
+    assert METHODS[method.key] is type(method) and method.label and method.knob in SOME
+    assert len(set(method.grid)) >= 3 and list(method.grid) == sorted(method.grid)
+
+
+def test_latents_keep_the_shape_are_not_negative_and_have_exact_zeros(method):
+    pre_acts = torch.randn(30, 20)
+    latents = method(pre_acts)
+    assert latents.shape == pre_acts.shape and (latents >= 0).all() and (latents == 0).any()
+
+
+def test_a_latent_whose_pre_activation_is_not_positive_is_silent(method):
+    assert not method(-torch.rand(30, 20)).any()
+
+
+def test_no_gradient_reaches_a_silent_latent(method):
+    pre_acts = torch.randn(30, 20, requires_grad=True)
+    latents = method(pre_acts)
+    latents.sum().backward()
+    assert not pre_acts.grad[latents == 0].any()
+
+
+def test_its_penalty_is_a_dict_of_finite_scalars(method):
+    sae = SAE(5, 20, method.key, method.sparsity)
+    x = torch.randn(6, 5)
+    assert all(term.dim() == 0 and torch.isfinite(term) for term in sae.method.penalty(sae, x, sae.run(x)).values())
+
+
+def test_it_refuses_a_sparsity_that_is_not_a_number_in_range(method):
+    with pytest.raises(ValueError, match="sparsity is -1"):
+        methods.make(method.key, 20, -1)
+
+
+def test_topk_keeps_the_largest_values_and_not_the_largest_magnitudes():
+    latents = methods.make("topk", 4, 2)(torch.tensor([[-9.0, 1.0, 3.0, 2.0]]))
+    assert latents.tolist() == [[0, 0, 3, 2]]
+
+
+def test_topk_never_has_more_than_k_and_fewer_only_when_fewer_are_positive():
+    pre_acts = torch.randn(500, 20) - 0.8
+    on = (methods.make("topk", 20, 6)(pre_acts) > 0).sum(1)
+    assert torch.equal(on, (pre_acts > 0).sum(1).clamp_max(6))
+
+
+def test_topk_with_k_equal_to_n_is_relu():
+    pre_acts = torch.randn(40, 20)
+    assert torch.equal(methods.make("topk", 20, 20)(pre_acts), methods.make("relu", 20, 0.0)(pre_acts))
+
+
+@pytest.mark.parametrize("k", [0, -3, 21, 2.5])
+def test_topk_refuses_a_k_outside_one_to_n(k):
+    with pytest.raises(ValueError, match=rf"sparsity is {k}.*from 1 to n_latents = 20"):
+        methods.make("topk", 20, k)
+
+
+def test_an_unknown_method_is_named_with_those_there_are():
+    with pytest.raises(ValueError, match="method is 'topq'.*relu, topk"):
+        methods.make("topq", 20, 4)
+
+
+def test_the_optimum_of_the_l1_loss_in_one_dimension_is_soft_thresholding_by_half_lambda():
+    for x in (-1.0, 0.05, 0.1, 0.4, 2.0):
+        z = torch.linspace(0, 3, 300_001)
+        best = z[((x - z) ** 2 + 0.2 * z).argmin()]
+        assert abs(best - max(0, x - 0.1)) < 1e-4

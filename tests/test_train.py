@@ -1,0 +1,124 @@
+import pytest
+import torch
+
+import saelib
+from saelib import sources
+from saelib.sae import SAE
+from saelib.train import Loop, auxk_term, default_k_aux, paper_lr, train
+
+X = sources.normalise(torch.randn(2000, 16, generator=torch.Generator().manual_seed(0)))
+
+
+def batches_of(x, n_steps, size=100):
+    return lambda start: (x[torch.arange(i * size, (i + 1) * size) % len(x)] for i in range(start, n_steps))
+
+
+def short(seed=0, n_steps=30, **options):
+    sae = SAE(16, 40, "topk", 4, seed=seed)
+    return sae, train(sae, batches_of(X, n_steps), n_steps, lr=1e-3, **options)
+
+
+def test_the_loss_falls_and_the_log_is_the_terms_that_were_optimised():
+    _, history = short(n_steps=60)
+    assert history[-1]["squared_error"] < 0.8 * history[0]["squared_error"]
+    assert set(history[0]) == {"step", "tokens", "l0", "dead_fraction", "squared_error", "auxk"}
+
+
+def test_the_decoder_has_unit_rows_after_every_step():
+    sae = SAE(16, 40, "topk", 4)
+    norms = []
+    train(sae, batches_of(X, 10), 10, lr=1e-2, on_step=lambda step: norms.append(sae.W_dec.norm(dim=1).detach()))
+    torch.testing.assert_close(torch.stack(norms), torch.ones(10, 40))
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others():
+    assert short(seed=1)[1] == short(seed=1)[1] != short(seed=2)[1]
+
+
+def test_the_sparse_path_and_its_dense_twin_train_alike():
+    fast, twin = short(path="sparse")[1], short(path="dense")[1]
+    assert [r["squared_error"] for r in fast] == pytest.approx([r["squared_error"] for r in twin], rel=1e-3)
+
+
+def test_a_step_keeps_the_order_of_the_design(monkeypatch):
+    seen = []
+
+    def note(owner, name, word):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: (seen.append(word), original(*a, **k))[1])
+
+    note(SAE, "run", "forward"), note(Loop, "count_fired", "count"), note(Loop, "terms", "terms")
+    note(saelib.train, "check_finite", "finite"), note(torch.optim.Adam, "zero_grad", "zero")
+    note(torch.Tensor, "backward", "backward"), note(SAE, "remove_parallel_gradient", "project")
+    note(torch.nn.utils, "clip_grad_norm_", "clip"), note(torch.optim.Adam, "step", "step")
+    note(SAE, "normalise_decoder", "renormalise"), note(torch.optim.swa_utils.AveragedModel, "update_parameters", "ema")
+    short(n_steps=1, ema_decay=0.9, on_step=lambda step: seen.append("on_step"))
+    assert seen[:12] == ["forward", "count", "terms", "finite", "zero", "backward", "project", "clip", "step", "renormalise", "ema", "on_step"]
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(saelib.train, "CHECKPOINT_SECONDS", 0)
+
+    def stop(step):
+        if step == 11:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        short(checkpoint=tmp_path / "c.pt", on_step=stop)
+    resumed, history = short(checkpoint=tmp_path / "c.pt")
+    straight, expected = short()
+    assert history == expected and torch.equal(resumed.W_dec, straight.W_dec)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where():
+    bad = X.clone()
+    bad[500] = float("inf")
+    sae = SAE(16, 40, "topk", 4)
+    with pytest.raises(FloatingPointError, match=r"not finite at step 5: squared_error = "):
+        train(sae, batches_of(bad, 20), 20)
+    assert all(torch.isfinite(p).all() for p in sae.parameters())
+
+
+def test_the_average_of_the_weights_has_unit_rows():
+    sae, _ = short(ema_decay=0.99)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40))
+
+
+def test_auxk_is_zero_with_nothing_dead():
+    sae = SAE(16, 40, "topk", 4)
+    assert auxk_term(sae, X[:50], sae(X[:50]), torch.empty(0, dtype=torch.long), 8).item() == 0
+
+
+def test_auxk_reaches_the_dead_encoder_rows_and_no_others():
+    sae, dead = SAE(16, 40, "topk", 4), torch.tensor([3, 17, 29])
+    auxk_term(sae, X[:50], sae(X[:50]), dead, 8).backward()
+    touched = sae.W_enc.grad.abs().sum(1).nonzero().squeeze(1)
+    assert torch.equal(touched, dead)
+
+
+def test_auxk_predicts_the_residual_without_b_pre_from_the_largest_dead_latents():
+    sae, x, dead = SAE(16, 40, "topk", 4), X[:50], torch.arange(10, 30)
+    x_hat = sae(x).detach()
+    kept = torch.relu((x - sae.b_pre) @ sae.W_enc[dead].t()).topk(5, dim=1)
+    predicted = torch.stack([(v[:, None] * sae.W_dec[dead][i]).sum(0) for v, i in zip(kept.values, kept.indices)])
+    expected = ((x - x_hat) - predicted).pow(2).sum() / ((x - x_hat) - (x - x_hat).mean(0)).pow(2).sum()
+    torch.testing.assert_close(auxk_term(sae, x, x_hat, dead, 5), expected)
+
+
+def test_dead_is_counted_in_tokens_since_a_latent_fired():
+    loop = Loop(SAE(16, 40, "topk", 4), 1e-3, 250, 0.0, 8, 0.0)
+    out = loop.sae.run(X[:100])
+    for _ in range(3):
+        loop.count_fired(out.latents, out.active)
+    fired = torch.zeros(40, dtype=torch.bool)
+    fired[out.active.indices.flatten().long()] = True
+    assert (loop.tokens_since_fired[fired] == 0).all() and (loop.tokens_since_fired[~fired] == 300).all()
+
+
+def test_the_learning_rate_falls_as_one_over_the_root_of_n():
+    assert paper_lr(2**14) == 2e-4 and paper_lr(2**12) == pytest.approx(4e-4)
+
+
+def test_k_aux_is_a_power_of_two_about_half_of_d():
+    assert [default_k_aux(d) for d in (2, 64, 384, 768)] == [1, 32, 256, 512]
