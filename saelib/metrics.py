@@ -2,9 +2,12 @@
 from collections.abc import Iterable
 
 import torch
+from jaxtyping import Float
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 BATCH = 2048
+MATCH = 0.9  # cosine similarity above which a decoder row counts as a true feature
 
 
 def rows(x: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
@@ -66,3 +69,27 @@ def evaluate(sae, x: Tensor | Iterable[Tensor], mean: Tensor | None = None) -> d
         "l0": float(active / n_tokens), "l1": float(l1 / n_tokens),
         "dead_fraction": float(1 - fired.float().mean()), "short_fraction": float(n_short / n_tokens), "n_tokens": n_tokens,
     }
+
+
+@torch.no_grad()
+def recovery(W_dec: Float[Tensor, "n_latents d_model"], truth: Float[Tensor, "n_features d_model"]) -> dict[str, float]:
+    """How well a decoder's rows recover the directions of a known dictionary. Both have unit rows.
+
+    mean_max_cosine = mean_i max_j <truth_i, W_dec_j>
+
+    Precision and recall count the pairs with a cosine similarity above 0.9 after matching rows and features one to one
+    (Hungarian algorithm), over the number of rows and of features.
+
+    Args:
+        W_dec: decoder, one row a latent.
+        truth: the dictionary, one row a feature.
+
+    Returns:
+        `mean_max_cosine`, `precision`, `recall`.
+
+    Ours, because only a known dictionary tells recovery from reconstruction.
+    """
+    cosine = (truth @ W_dec.t()).cpu()
+    features, rows = linear_sum_assignment(cosine.numpy(), maximize=True)
+    n_found = int((cosine[features, rows] > MATCH).sum())
+    return {"mean_max_cosine": float(cosine.max(1).values.mean()), "precision": n_found / len(W_dec), "recall": n_found / len(truth)}

@@ -124,13 +124,15 @@ def note_of(rows: Sequence[dict]) -> str:
     return f"{seeds} seed{'s' * (seeds > 1)}, {span} training tokens each, {', '.join(hardware)}"
 
 
-def frontier(rows: Sequence[dict], *, panel: str = "subject", x: str = "l0", y: str = "normalized_mse") -> Picture:
+def frontier(rows: Sequence[dict], *, panel: str = "subject", x: str = "l0", y: str = "normalized_mse",
+             ylabel: str = "normalized MSE", logy: bool = True) -> Picture:
     """Reconstruction against sparsity: one panel for each subject (or other field of the config), one line a method.
 
     Args:
         rows: from `saelib.sweep`.
         panel: the field of the config that panels differ in.
         x, y: metrics.
+        ylabel, logy: of the vertical axis.
     """
     from saelib.methods import METHODS
     panels = group(rows, lambda row: row["config"][panel])
@@ -139,6 +141,6 @@ def frontier(rows: Sequence[dict], *, panel: str = "subject", x: str = "l0", y: 
         by_method = group(members, lambda row: row["config"]["method"])
         series = {METHODS[m].label: points_of(rs, lambda r: r["metrics"][x], lambda r: r["metrics"][y]) for m, rs in by_method.items()}
         looks = {METHODS[m].label: LOOK[m] for m in by_method}
-        versus(series, "active latents per token, L0", "normalized MSE" if ax is axes[0] else "", looks=looks, title=str(name), axes=ax)
+        versus(series, "active latents per token, L0", ylabel if ax is axes[0] else "", looks=looks, title=str(name), logy=logy, axes=ax)
     picture.supxlabel(note_of(rows), fontsize=7, color="#555555")
     return picture

@@ -17,6 +17,21 @@ LRS = {  # chosen by tools/tune_lr.py, the same search for both methods; see the
 DEFAULT_LR = 1e-3
 
 PROFILES = {
+    "setting_l0": {
+        "quick": dict(n_seeds=1, source_tokens=16_000, n_tokens=16_000, batch_size=512, ks=(32,), l1_coefs=(0.01, 0.04),
+                      n_latents={"synthetic": (128, 256), "pygpt": (512,)}),
+        "laptop": dict(n_seeds=3, source_tokens=300_000, n_tokens=150_000, batch_size=1024, ks=(32,), l1_coefs=(0.005, 0.02, 0.08),
+                       n_latents={"synthetic": (128, 512), "pygpt": (256, 1024), "minilm": (768,)}),
+        "gpu": dict(n_seeds=3, source_tokens=3_000_000, n_tokens=5_000_000, batch_size=4096, ks=(32, 64), l1_coefs=METHODS["relu"].grid,
+                    n_latents={"synthetic": (128, 512), "pygpt": (1024, 4096), "minilm": (1536, 6144)}),
+        "paper": dict(n_seeds=3, source_tokens=100_000_000, n_tokens=100_000_000, batch_size=131_072, ks=(32,), l1_coefs=METHODS["relu"].grid,
+                      n_latents={"gpt2": (2048, 32768)}),
+    },
+    "ground_truth": {
+        "quick": dict(n_seeds=1, source_tokens=40_000, n_tokens=80_000, batch_size=512, ks=(4, 8, 32), l1_coefs=(0.01, 0.04, 0.16)),
+        "laptop": dict(n_seeds=3, source_tokens=200_000, n_tokens=600_000, batch_size=1024, ks=(2, 4, 8, 16, 32), l1_coefs=(0.02, 0.04, 0.08, 0.16, 0.32)),
+        "gpu": dict(n_seeds=5, source_tokens=2_000_000, n_tokens=20_000_000, batch_size=1024, ks=(2, 4, 8, 16, 32), l1_coefs=(0.01, 0.02, 0.04, 0.08, 0.16, 0.32)),
+    },
     "frontier": {
         "quick": dict(n_seeds=1, source_tokens=24_000, n_tokens=24_000, batch_size=512, ks=(8, 32), l1_coefs=(0.01, 0.04),
                       n_latents={"synthetic": (256,), "pygpt": (512,), "minilm": (512,)}),

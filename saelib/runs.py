@@ -89,6 +89,8 @@ def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", 
                     on_step=on_tokens and (lambda step: on_tokens(batch_size)))
     seconds = time.monotonic() - start
     measured = metrics.evaluate(sae, source.held_out, source.mean)
+    if source.truth is not None:
+        measured |= metrics.recovery(sae.W_dec, source.truth.to(device))
     return Fit(sae, measured | {"tokens_per_second": n_steps * batch_size / seconds, "seconds": seconds}, history)
 
 

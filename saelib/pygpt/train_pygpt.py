@@ -5,7 +5,7 @@
 A GPT-2 of 4.2 M parameters and a byte-level BPE of 4,096 tokens, trained on every `.py` file of the
 standard library, its test-suite included, but for the held-out files (see `saelib.texts.stdlib_files`).
 Interrupt it at any time: the same command goes on from the last checkpoint. It writes, beside itself,
-`model.safetensors`, `config.json`, `tokenizer.json`, and `train_log.jsonl`, whose last row holds the
+`model.safetensors`, `config.json`, the tokenizer's two files, and `train_log.jsonl`, whose last row holds the
 held-out loss beside those of a unigram and of a trigram with back-off, fitted on the same tokens.
 """
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from saelib.texts import stdlib_files
 
@@ -38,7 +38,7 @@ def encode(tokenizer, texts: list[str]) -> np.ndarray:
 def make_tokenizer():
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(read("train", tests=False), vocab_size=VOCAB, special_tokens=[END], show_progress=False)
-    tokenizer.save(str(HERE / "tokenizer.json"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token=END, eos_token=END).save_pretrained(HERE)
     return tokenizer
 
 

@@ -1,0 +1,202 @@
+"""Verdicts and numbers that the notebooks recorded, on any page.
+
+The records lie in the outputs of the executed notebooks, and nowhere else (see the extension `executed`):
+`application/vnd.saelib.verdict+json` and `application/vnd.saelib.numbers+json`.
+
+```{scoreboard}
+```                                    a table of all verdicts
+{number}`03_frontier:gap_32`           a number of notebooks/03_frontier.ipynb
+{number}`03_frontier:gap_32:.2f`       the same with a format
+
+scoreboard.json at the site's root holds the table's rows. A name that no notebook recorded is a warning.
+"""
+import json
+from collections import Counter
+from pathlib import Path
+
+import nbformat
+from docutils import nodes
+from docutils.statemachine import StringList
+from executed import executed_path
+from sphinx import addnodes
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective, SphinxRole
+from tools.run import run_record
+
+logger = logging.getLogger(__name__)
+
+VERDICT_MIME = "application/vnd.saelib.verdict+json"
+NUMBERS_MIME = "application/vnd.saelib.numbers+json"
+FIELDS = ("id", "claim", "section", "criterion", "paper", "ours", "verdict")
+BADGES = {"held": "✓ held", "held in part": "◐ held in part", "not held": "✗ not held"}
+COLUMNS = {
+    "id": "Id",
+    "claim": "Claim",
+    "verdict": "Verdict",
+    "ours": "Ours",
+    "paper": "Paper's figure",
+    "criterion": "Criterion, fixed before the run",
+    "section": "In the paper",
+}
+
+
+def notebook_pages(env):
+    """The notebooks that are pages of this book, in the order of their names."""
+    return sorted(name for name in env.found_docs if Path(env.doc2path(name)).suffix == ".ipynb")
+
+
+def records(notebook, mime):
+    """All records of one kind in a notebook's outputs, in order."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if mime in output.get("data", {}):
+                yield output["data"][mime]
+
+
+def verdicts(app):
+    """The scoreboard's rows, each with its notebook and profile."""
+    rows = []
+    for docname in notebook_pages(app.env):
+        path = executed_path(app, docname)
+        if not path.exists():
+            continue  # the extension `executed` warns of it
+        notebook = nbformat.read(path, 4)
+        profile = run_record(notebook).get("profile", "unknown")
+        for record in records(notebook, VERDICT_MIME):
+            row = {name: record.get(name) for name in FIELDS}
+            rows.append({**row, "notebook": Path(docname).name, "profile": profile})
+    return rows
+
+
+def complaints(rows):
+    """What is wrong with the rows: a missing field, an unknown verdict, a claim judged twice."""
+    for row in rows:
+        missing = [name for name in FIELDS if row[name] is None]
+        if missing:
+            yield f"{row['notebook']}: a verdict lacks {', '.join(missing)}"
+        elif row["verdict"] not in BADGES:
+            yield f"{row['notebook']}: {row['verdict']!r} is no verdict; they are: {', '.join(BADGES)}"
+    for claim, times in Counter(row["id"] for row in rows).items():
+        if times > 1:
+            yield f"claim {claim} has {times} verdicts"
+
+
+class Scoreboard(SphinxDirective):
+    """The table of verdicts."""
+
+    def run(self):
+        self.env.metadata[self.env.docname]["scoreboard"] = True
+        for docname in notebook_pages(self.env):
+            self.env.note_dependency(str(executed_path(self.env.app, docname)))
+        rows = verdicts(self.env.app)
+        for complaint in complaints(rows):
+            logger.warning("scoreboard: %s", complaint, location=self.get_location(), type="scoreboard")
+        return [self.table(rows)]
+
+    def table(self, rows):
+        group = nodes.tgroup(cols=len(COLUMNS))
+        group += [nodes.colspec(colwidth=1, stub=int(name == "id")) for name in COLUMNS]
+        head = nodes.row("", *[nodes.entry("", nodes.paragraph(text=title)) for title in COLUMNS.values()])
+        group += nodes.thead("", head)
+        group += nodes.tbody("", *[self.row(row) for row in rows])
+        return nodes.table("", group, classes=["scoreboard"])
+
+    def row(self, row):
+        cells = {name: self.inline(str(row[name])) for name in COLUMNS}
+        cells["id"] = [self.link(row)]
+        classes = ["verdict-badge", str(row["verdict"]).replace(" ", "-")]
+        cells["verdict"] = [nodes.inline(text=BADGES.get(row["verdict"], "?"), classes=classes)]
+        return nodes.row("", *[nodes.entry("", nodes.paragraph("", "", *cells[name])) for name in COLUMNS])
+
+    def inline(self, text):
+        """Text with the page's own markup, such as $k$."""
+        holder = nodes.Element()
+        self.state.nested_parse(StringList([text], source="scoreboard"), 0, holder)
+        return holder.children[0].children if holder.children else []
+
+    def link(self, row):
+        """The claim's id, linked to its notebook."""
+        reference = addnodes.pending_xref(
+            "",
+            nodes.inline(text=str(row["id"])),
+            refdomain="std",
+            reftype="doc",
+            reftarget=f"/notebooks/{row['notebook']}",
+            refdoc=self.env.docname,
+            refexplicit=True,
+            refwarn=True,
+        )
+        return reference
+
+
+class recorded_number(nodes.inline):  # noqa: N801 (docutils names nodes in lower case)
+    """A number out of a run; the tooltip says which."""
+
+
+def open_number(translator, node):
+    translator.body.append(translator.starttag(node, "span", "", CLASS="recorded-number", title=node["tooltip"]))
+
+
+def close_number(translator, node):
+    translator.body.append("</span>")
+
+
+def no_markup(translator, node):
+    pass
+
+
+class Number(SphinxRole):
+    """{number}`NOTEBOOK:NAME` or {number}`NOTEBOOK:NAME:FORMAT`."""
+
+    def run(self):
+        notebook, _, rest = self.text.partition(":")
+        name, _, form = rest.partition(":")
+        try:
+            value, profile = self.look_up(notebook, name)
+            text = format(value, form) if form else str(value)
+        except (LookupError, ValueError) as error:
+            reason = error.args[0]
+            logger.warning("number %r: %s", self.text, reason, location=self.get_location(), type="scoreboard")
+            return [nodes.strong(text="??")], []
+        tooltip = f"{name}, from notebook {notebook}, profile {profile}"
+        return [recorded_number("", "", nodes.Text(text), tooltip=tooltip)], []
+
+    def look_up(self, notebook, name):
+        docname = f"notebooks/{notebook}"
+        if docname not in self.env.found_docs:
+            raise LookupError(f"no page {docname}")
+        path = executed_path(self.env.app, docname)
+        self.env.note_dependency(str(path))
+        if not path.exists():
+            raise LookupError(f"{docname} has not been run")
+        executed = nbformat.read(path, 4)
+        numbers = {}
+        for record in records(executed, NUMBERS_MIME):
+            numbers.update(record)
+        if name not in numbers:
+            raise LookupError(f"{docname} recorded no {name!r}; it has: {', '.join(sorted(numbers)) or 'none'}")
+        return numbers[name], run_record(executed).get("profile", "unknown")
+
+
+def pages_with_scoreboard(app, env, added, changed, removed):
+    """A notebook that comes or goes changes the tables."""
+    if not any(Path(env.doc2path(name)).suffix == ".ipynb" for name in added | removed):
+        return []
+    return [name for name, about in env.metadata.items() if about.get("scoreboard")]
+
+
+def write_json(app, exception):
+    if exception is None and app.builder.format == "html":
+        rows = json.dumps(verdicts(app), indent=1, ensure_ascii=False)
+        Path(app.outdir, "scoreboard.json").write_text(rows + "\n", encoding="utf8")
+
+
+def setup(app):
+    app.setup_extension("executed")
+    app.add_directive("scoreboard", Scoreboard)
+    app.add_role("number", Number())
+    skip = (no_markup, no_markup)
+    app.add_node(recorded_number, html=(open_number, close_number), latex=skip, text=skip)
+    app.connect("env-get-outdated", pages_with_scoreboard)
+    app.connect("build-finished", write_json)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,216 @@
+"""The local Sphinx extensions, on a small book of their own."""
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from tools.check_site import Site
+from tools.run import RECORD, code_hash
+
+ROOT = Path(__file__).resolve().parents[1]
+
+CONF = f"""\
+import sys
+sys.path.insert(0, {str(ROOT / "book/_ext")!r})
+extensions = ["myst_nb", "executed", "scoreboard"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+nb_execution_mode = "off"
+suppress_warnings = ["mystnb.unknown_mime_type"]
+exclude_patterns = ["_build", "runs"]
+"""
+FRONT_PAGE = """\
+# Front
+
+The gap is {number}`01_toy:gap:.1%`.
+
+```{scoreboard}
+```
+
+```{toctree}
+notebooks/01_toy
+```
+"""
+VERDICT = {
+    "id": "A3.2",
+    "claim": "TopK is below ReLU",
+    "section": "§5.2",
+    "criterion": "in every seed",
+    "paper": "15 %",
+    "ours": "12 %",
+    "verdict": "held in part",
+}
+RUN_ON = {
+    "date": "2026-01-02",
+    "seconds": 75,
+    "hardware": "2 cores of a toy",
+    "python": "3.11",
+    "packages": {"torch": "2.13.0"},
+    "commit": "abc1234",
+    "uncommitted_changes": False,
+}
+
+
+def source_notebook():
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    cells = [
+        new_markdown_cell("# Toy", id="title"),
+        new_code_cell('profile = "quick"', id="parameters", metadata={"tags": ["parameters"]}),
+        new_code_cell("show()", id="show"),
+    ]
+    return new_notebook(cells=cells, metadata=metadata)
+
+
+def executed_notebook(gap=0.271, profile="laptop", **record):
+    """The same notebook as papermill leaves it: a cell injected, outputs with records."""
+    notebook = source_notebook()
+    code = code_hash(notebook)
+    data = {
+        "text/plain": "plain form",
+        "text/html": f'<div class="verdict">shown form, gap {gap}</div>',
+        "application/vnd.saelib.numbers+json": {"gap": gap},
+        "application/vnd.saelib.verdict+json": VERDICT,
+    }
+    notebook.cells[2].outputs = [new_output("display_data", data)]
+    injected = new_code_cell(f'profile = "{profile}"', id="injected", metadata={"tags": ["injected-parameters"]})
+    notebook.cells.insert(2, injected)
+    parameters = {"profile": profile, "seed": "7"}
+    notebook.metadata[RECORD] = {"profile": profile, "code": code, "parameters": parameters, **RUN_ON, **record}
+    return notebook
+
+
+class SmallBook:
+    def __init__(self, folder):
+        self.folder = folder
+        self.source = folder / "notebooks" / "01_toy.ipynb"
+        self.run = folder / "runs" / "laptop" / "01_toy.ipynb"
+        self.source.parent.mkdir()
+        self.run.parent.mkdir(parents=True)
+        (folder / "conf.py").write_text(CONF)
+        (folder / "index.md").write_text(FRONT_PAGE)
+        nbformat.write(source_notebook(), self.source)
+        nbformat.write(executed_notebook(), self.run)
+
+    def build(self, profile="laptop"):
+        """Build strictly, as `make book` does. Returns the warnings; empty when the build succeeded."""
+        command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-b", "html", ".", "_build/html"]
+        environment = {**os.environ, "BOOK_PROFILE": profile, "NO_COLOR": "1"}
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        assert bool(done.returncode) == ("WARNING" in done.stderr), done.stderr
+        return done.stderr
+
+    def page(self, name):
+        return (self.folder / "_build/html" / f"{name}.html").read_text()
+
+
+@pytest.fixture
+def book(tmp_path):
+    return SmallBook(tmp_path)
+
+
+def test_a_page_shows_the_run_and_where_it_comes_from(book):
+    assert book.build() == ""
+    page = book.page("notebooks/01_toy")
+    assert "shown form, gap 0.271" in page
+    assert "plain form" not in page
+    box = re.sub("<[^>]+>", "", re.search(r'class="provenance.*?</div>', page, re.DOTALL)[0])
+    for fact in ("laptop", "seed = 7", "2026-01-02", "75 s", "2 cores of a toy", "torch 2.13.0", "abc1234"):
+        assert fact in box
+    assert page.index("<h1>") < page.index("provenance") < page.index("shown form")
+
+
+def test_the_injected_parameters_are_not_shown(book):
+    book.build()
+    assert "&quot;laptop&quot;" not in book.page("notebooks/01_toy")
+
+
+def test_a_missing_run_fails_the_build(book):
+    book.run.unlink()
+    assert "never run at profile 'laptop'" in book.build()
+
+
+def test_a_run_of_other_code_fails_the_build(book):
+    executed = executed_notebook()
+    executed.cells[3].source = "show_something_else()"
+    nbformat.write(executed, book.run)
+    assert "other code than the page's" in book.build()
+
+
+def test_a_run_with_another_saelib_fails_the_build(book):
+    nbformat.write(executed_notebook(code="0123456789abcdef"), book.run)
+    assert "saelib has changed since the run shown" in book.build()
+
+
+def test_quick_falls_back_on_the_committed_outputs(book):
+    committed = executed_notebook(profile="quick")
+    committed.cells.pop(2)
+    committed.metadata[RECORD] = {"profile": "quick", "code": code_hash(committed)}
+    nbformat.write(committed, book.source)
+    assert book.build("quick") == ""
+    assert "outputs committed with the notebook" in book.page("notebooks/01_toy")
+
+
+def test_a_recorded_number_stands_in_prose_with_its_origin(book):
+    book.build()
+    number = '<span class="recorded-number" title="gap, from notebook 01_toy, profile laptop">27.1%</span>'
+    assert number in book.page("index")
+
+
+def test_pages_follow_a_new_run(book):
+    book.build()
+    nbformat.write(executed_notebook(gap=0.5), book.run)
+    assert book.build() == ""
+    assert "50.0%" in book.page("index")
+    assert "gap 0.5" in book.page("notebooks/01_toy")
+
+
+@pytest.mark.parametrize("name", ["01_toy:no_such", "09_none:gap", "01_toy:gap:nonsense"])
+def test_a_number_that_no_run_recorded_fails_the_build(book, name):
+    (book.folder / "index.md").write_text(FRONT_PAGE.replace("01_toy:gap:.1%", name))
+    assert f"number '{name}'" in book.build()
+
+
+def test_the_scoreboard_lists_every_verdict_in_words_with_a_link(book):
+    book.build()
+    page = book.page("index")
+    assert '<span class="verdict-badge held-in-part">◐ held in part</span>' in page
+    assert re.search(r'<a class="reference internal" href="notebooks/01_toy.html"><span class="doc">A3.2</span></a>', page)
+
+
+def test_the_scoreboard_is_data_at_the_sites_root(book):
+    book.build()
+    rows = json.loads((book.folder / "_build/html" / "scoreboard.json").read_text())
+    assert rows == [{**VERDICT, "notebook": "01_toy", "profile": "laptop"}]
+
+
+def test_a_verdict_outside_the_three_fails_the_build(book):
+    executed = executed_notebook()
+    executed.cells[3].outputs[0].data["application/vnd.saelib.verdict+json"] = {**VERDICT, "verdict": "perhaps"}
+    nbformat.write(executed, book.run)
+    assert "'perhaps' is no verdict" in book.build()
+
+
+@pytest.mark.parametrize(
+    ("html", "problem"),
+    [
+        ('<script src="https://elsewhere.example/a.js"></script>', "script from another host"),
+        ('<a href="gone.html">x</a>', "no such file"),
+        ('<a href="#gone">x</a>', "no such anchor"),
+        ('<a href="/page.html">x</a>', "breaks in a sub-path"),
+        ('<img src="a.svg" alt="a.svg">', "no alternative text"),
+        ('<img src="a.svg" alt="../_images/3f2a7c.svg">', "no alternative text"),
+        ('<img src="a.svg">', "no alternative text"),
+        ("<p>as in ??</p>", "unresolved"),
+        ('<a href="https://elsewhere.example/">x</a> <a href="#top">y</a> <code>??</code>', None),
+    ],
+)
+def test_the_site_checker_finds_what_is_wrong(tmp_path, html, problem):
+    (tmp_path / "index.html").write_text(f'<article id="top">{html}</article>')
+    (tmp_path / "a.svg").write_text("<svg/>")
+    problems = list(Site(tmp_path).problems())
+    assert (problem in problems[0] and len(problems) == 1) if problem else problems == []

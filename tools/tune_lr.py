@@ -1,0 +1,46 @@
+"""Choose the learning rate of each method on each subject: the same grid and the same search for both.
+
+    python tools/tune_lr.py [SUBJECT ...]
+
+The score is the normalized MSE at the subject's middle L0, ReLU's read between its runs. Rows go to
+book/results/lr.jsonl, which later calls reuse; the winners belong in the table `LRS` of saelib/profiles.py.
+"""
+import math
+import sys
+from pathlib import Path
+
+from saelib import RunConfig, frontiers, sweep
+
+STORE = Path(__file__).parents[1] / "book" / "results" / "lr.jsonl"
+GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+# subject: n_latents, tokens, the L0 to compare at, L1 coefficients around it
+SUBJECTS = {
+    "synthetic": (256, 300_000, 8, (0.08, 0.16, 0.32)),
+    "pygpt": (1024, 300_000, 32, (0.01, 0.02, 0.04)),
+    "minilm": (1536, 300_000, 32, (0.01, 0.02, 0.04)),
+}
+
+
+def score(subject, method, lr):
+    """Normalized MSE at the subject's middle L0."""
+    n_latents, n_tokens, l0, coefs = SUBJECTS[subject]
+    sparsities = (l0,) if method == "topk" else coefs
+    rows = sweep([RunConfig(subject, method, k, n_latents, n_tokens, lr=lr) for k in sparsities], STORE, progress=False)
+    points = [(r["metrics"]["l0"], r["metrics"]["normalized_mse"]) for r in rows]
+    return points[0][1] if method == "topk" else frontiers.at_l0(points, l0), points
+
+
+def main(subjects):
+    for subject in subjects or SUBJECTS:
+        for method in ("topk", "relu"):
+            scores = {}
+            for lr in GRID:
+                scores[lr], points = score(subject, method, lr)
+                where = " ".join(f"({l0:.1f}, {mse:.4f})" for l0, mse in points)
+                print(f"{subject} {method} lr {lr:g}: {scores[lr]:.4f} at the middle L0; (L0, normalized MSE): {where}", flush=True)
+            reached = {lr: value for lr, value in scores.items() if not math.isnan(value)}
+            print(f"{subject} {method}: best lr {min(reached, key=reached.get):g}" if reached else f"{subject} {method}: no run reached that L0", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
