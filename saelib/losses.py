@@ -34,7 +34,7 @@ def l1(latents: Float[Tensor, "batch n_latents"]) -> Float[Tensor, ""]:
 
     Paper: §2.2 (the penalty that TopK replaces)
     """
-    return latents.abs().sum(1).mean()
+    return torch.linalg.vector_norm(latents, 1, dtype=torch.float32) / len(latents)
 
 
 def auxk(residual: Float[Tensor, "batch d_model"], residual_hat: Float[Tensor, "batch d_model"]) -> Float[Tensor, ""]:

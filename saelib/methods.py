@@ -12,13 +12,14 @@ class Method(nn.Module):
     """An activation function and the penalty that comes with it.
 
     `key`, `label`, `knob` and `grid` are data about the class: the loop, the sweeps, the figures and the tests
-    read them and know no method by name. `knob` says what `sparsity` is: "k" or "l1_coef". A method that sets
-    `k` keeps at most k latents for each token, and can take the sparse path of `saelib.kernels`.
+    read them and know no method by name. `knob` says what `sparsity` is: "k" or "l1_coef". A method that has
+    `k` keeps at most k latents for each token; with an exact gradient it can take the sparse path of `saelib.kernels`.
     """
     key: ClassVar[str]
     label: ClassVar[str]
     knob: ClassVar[str]
     grid: ClassVar[tuple[float, ...]]
+    exact_gradient: ClassVar[bool] = True  # whether backward is the derivative of forward
 
     def __init__(self, n_latents: int, sparsity: float):
         super().__init__()

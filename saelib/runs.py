@@ -24,7 +24,7 @@ from saelib.sae import SAE, geometric_median
 from saelib.train import paper_lr, train
 
 PACKAGE = Path(__file__).parent
-DECIDING = ("kernels", "losses", "methods", "metrics", "runs", "sae", "sources", "subjects", "texts", "train")
+DECIDING = ("kernels", "losses", "methods", "metrics", "runs", "sae", "sources", "subjects", "texts", "train", "variants")
 MEDIAN_ROWS = 8192
 
 
@@ -47,7 +47,7 @@ class RunConfig:
     dead_after: int | None = None
     ema_decay: float = 0.0
     path: str = "sparse"
-    precision: str = "fp32"
+    precision: str = "auto"
 
     def __post_init__(self):
         for name in ("n_latents", "n_tokens", "batch_size"):
@@ -69,6 +69,13 @@ class Fit(NamedTuple):
     history: list[dict[str, float]]
 
 
+def pick_precision(precision: str, device: str) -> str:
+    """The precision that "auto" stands for: bfloat16 where the hardware multiplies in it, else float32."""
+    if precision != "auto":
+        return precision
+    return "bf16" if subjects.fast_dtype(device) == torch.bfloat16 else "fp32"
+
+
 def pick_device(device: str) -> str:
     """The device that "auto" stands for: the GPU if there is one."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -85,7 +92,7 @@ def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", 
     n_steps, start = -(-config.n_tokens // batch_size), time.monotonic()
     history = train(sae, lambda step: source.batches(batch_size, n_steps, config.seed, step), n_steps, lr=config.lr,
                     penalty_warmup=config.penalty_warmup, auxk_coef=config.auxk_coef, dead_after=config.dead_after,
-                    ema_decay=config.ema_decay, path=config.path, precision=config.precision, checkpoint=checkpoint,
+                    ema_decay=config.ema_decay, path=config.path, precision=pick_precision(config.precision, device), checkpoint=checkpoint,
                     on_step=on_tokens and (lambda step: on_tokens(batch_size)))
     seconds = time.monotonic() - start
     measured = metrics.evaluate(sae, source.held_out, source.mean)
@@ -166,7 +173,8 @@ def run(config: RunConfig, device: str = "auto", on_tokens=None, checkpoint: Pat
     """
     device = pick_device(device)
     result = fit_source(open_source(config, device), config, device, on_tokens, checkpoint)
-    return {"config": asdict(config), "metrics": result.metrics, "provenance": provenance(device), "date": time.strftime("%Y-%m-%d")}
+    made = provenance(device) | {"precision": pick_precision(config.precision, device)}
+    return {"config": asdict(config), "metrics": result.metrics, "provenance": made, "date": time.strftime("%Y-%m-%d")}
 
 
 def read_rows(store: Path | str) -> list[dict]:

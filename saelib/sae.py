@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -63,8 +64,8 @@ class SAE(nn.Module):
             raise ValueError(f"x has shape {list(x.shape)}: it must be [batch, d_model = {self.d_model}]")
 
     def pre_acts(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch n_latents"]:
-        """W_enc (x - b_pre) + b_enc."""
-        return (x - self.b_pre) @ self.W_enc.t() + self.b_enc
+        """W_enc (x - b_pre) + b_enc, with b_pre folded into the bias: its gradient then costs a vector, not a matrix."""
+        return F.linear(x, self.W_enc, self.b_enc - self.W_enc @ self.b_pre)
 
     def encode(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch n_latents"]:
         """The latents z of activations x, dense, with exact zeros. Paper: §2.2, Eq. (1)"""
@@ -73,7 +74,7 @@ class SAE(nn.Module):
 
     def decode(self, latents: Float[Tensor, "batch n_latents"]) -> Float[Tensor, "batch d_model"]:
         """The reconstruction x_hat of dense latents. Paper: §2.2, Eq. (1)"""
-        return latents @ self.W_dec + self.b_pre  # Eq. (1)
+        return torch.addmm(self.b_pre, latents, self.W_dec)  # Eq. (1)
 
     def run(self, x: Float[Tensor, "batch d_model"], path: str = "sparse", precision: str = "fp32") -> Output:
         """One forward pass with all that it makes.
@@ -81,17 +82,19 @@ class SAE(nn.Module):
         Args:
             x: activations.
             path: "sparse" never forms the dense latents of a method that has a k; "dense" is its plain twin.
-            precision: "fp32", or "bf16" to select latents in bfloat16.
+            precision: "fp32"; "bf16" selects latents in bfloat16 on the sparse path, and multiplies matrices in it on
+                the dense one. Weights stay in float32.
 
         Returns:
             `Output`: x_hat, and the latents of that path.
         """
         self.check(x)
-        if path == "sparse" and hasattr(self.method, "k"):
+        if path == "sparse" and hasattr(self.method, "k") and self.method.exact_gradient:
             values, active = kernels.encode(x, self.b_pre, self.W_enc, self.b_enc, self.method.k, precision)
             return Output(kernels.decode(values, active, self.W_dec) + self.b_pre, values, active)
-        latents = self.encode(x)
-        return Output(self.decode(latents), latents, None)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            latents = self.encode(x)
+            return Output(self.decode(latents), latents, None)
 
     def forward(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_model"]:
         """The reconstruction x_hat of activations x."""

@@ -119,11 +119,8 @@ def windows(documents: Iterator[str], tokenizer, n_windows: int, context: int = 
     return cut
 
 
-def harvest_dtype(device: str) -> torch.dtype:
-    """The type that a subject's matrix products run in: bfloat16 where the hardware has it, else float32.
-
-    The residual stream itself stays in float32.
-    """
+def fast_dtype(device: str) -> torch.dtype:
+    """The type that matrix products run in: bfloat16 where the hardware has it, else float32."""
     fast = torch.cuda.is_bf16_supported() if device == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
@@ -136,7 +133,7 @@ def activations(subject: str, text: str, split: str, n_tokens: int, layer: int |
     n_windows = -(-n_tokens // (CONTEXT - 2 * wrapped))
     layer = layer or int(DEPTH * len(blocks(model)))
     for ids in windows(texts.documents(text, split), tokenizer, n_windows).split(WINDOWS):
-        with torch.autocast(device, harvest_dtype(device), enabled=harvest_dtype(device) != torch.float32):
+        with torch.autocast(device, fast_dtype(device), enabled=fast_dtype(device) != torch.float32):
             stream = residual_stream(model, ids.to(device), layer)[:, inner]
         yield sources.normalise(stream.reshape(-1, stream.shape[-1]).float()).cpu()
 
@@ -169,7 +166,7 @@ def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: 
     parts = {}
     for split, n in (("train", n_tokens), ("test", n_held_out)):
         key = {"subject": model_key(subject), "text": texts.fingerprint(text), "split": split, "n_tokens": n, "layer": layer,
-               "context": CONTEXT, "normalisation": sources.UNIT_NORM, "dtype": str(harvest_dtype(device)), "code": CODE}
+               "context": CONTEXT, "normalisation": sources.UNIT_NORM, "dtype": str(fast_dtype(device)), "code": CODE}
         parts[split] = sources.cached(key, activations(subject, text, split, n, layer, device), f"{Path(subject).name}-{split}")
     return sources.Source(subject, parts["train"], torch.cat(parts["test"]).float(), sources.UNIT_NORM)
 

@@ -54,7 +54,7 @@ def test_the_batch_is_never_larger_than_the_run():
 def test_a_row_says_what_was_asked_measured_and_where(tmp_path):
     row = saelib.run(config())
     assert row["config"]["sparsity"] == 4 and row["metrics"]["l0"] <= 4
-    assert {"saelib", "torch", "python", "hardware", "commit", "code"} == set(row["provenance"])
+    assert {"saelib", "torch", "python", "hardware", "commit", "code", "precision"} == set(row["provenance"])
     assert json.loads(json.dumps(row)) == row
 
 
