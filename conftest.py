@@ -23,6 +23,7 @@ NOT_COMPARED = (
     "text/html",
     "application/vnd.saelib.verdict+json",
     "application/vnd.saelib.numbers+json",
+    "application/vnd.saelib.rows+json",
 )
 
 

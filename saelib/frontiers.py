@@ -27,20 +27,31 @@ def at_l0(points: Sequence[tuple[float, float]], l0: float) -> float:
     return float(np.exp(np.interp(math.log(l0), xs, ys)))
 
 
-def ratios(rows: Sequence[dict], over: str, under: str, l0s: Sequence[float]) -> dict[float, dict[int, float]]:
-    """How many times `over`'s normalized MSE is `under`'s, at each L0 and for each seed.
+def ratios(rows: Sequence[dict], over: str, under: str) -> dict[float, dict[int, float]]:
+    """How many times `over`'s normalized MSE is `under`'s, for each run of `under`, at that run's own L0.
 
-    Where either frontier does not reach an L0, that L0 is left out for that seed.
+    Only `over` is interpolated, along the frontier of the same seed; a run whose L0 lies outside it is left out.
+
+    Args:
+        rows: runs of one subject and one size.
+        over, under: keys of methods.
 
     Returns:
-        L0 -> seed -> MSE(over) / MSE(under).
+        Sparsity of `under` -> seed -> MSE(over) / MSE(under).
     """
-    points: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    frontier: dict[int, list[tuple[float, float]]] = {}
     for row in rows:
-        points.setdefault((row["config"]["method"], row["config"]["seed"]), []).append((row["metrics"]["l0"], row["metrics"]["normalized_mse"]))
-    seeds = sorted({seed for _, seed in points})
-    table = {l0: {seed: at_l0(points.get((over, seed), []), l0) / at_l0(points.get((under, seed), []), l0) for seed in seeds} for l0 in l0s}
-    return {l0: {s: r for s, r in by_seed.items() if not math.isnan(r)} for l0, by_seed in table.items()}
+        if row["config"]["method"] == over:
+            frontier.setdefault(row["config"]["seed"], []).append((row["metrics"]["l0"], row["metrics"]["normalized_mse"]))
+    table: dict[float, dict[int, float]] = {}
+    for row in rows:
+        if row["config"]["method"] == under:
+            seed, measured = row["config"]["seed"], row["metrics"]
+            ratio = at_l0(frontier.get(seed, []), measured["l0"]) / measured["normalized_mse"]
+            by_seed = table.setdefault(row["config"]["sparsity"], {})
+            if not math.isnan(ratio):
+                by_seed[seed] = ratio
+    return table
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:

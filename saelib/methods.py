@@ -45,7 +45,7 @@ class ReLU(Method):
 
     Paper: §2.2 (the baseline)
     """
-    key, label, knob, grid = "relu", "ReLU + L1", "l1_coef", (0.003, 0.006, 0.012, 0.025, 0.05)
+    key, label, knob, grid = "relu", "ReLU + L1", "l1_coef", (0.02, 0.04, 0.07, 0.11, 0.17)
 
     def check(self) -> None:
         if not self.sparsity >= 0:

@@ -15,7 +15,10 @@ STYLE = Path(__file__).with_name("book.mplstyle")
 LOOK = {"relu": ("#000000", "o"), "topk": ("#0072B2", "s"), "batchtopk": ("#009E73", "^"), "jumprelu": ("#D55E00", "D"),
         "gated": ("#CC79A7", "v"), "prolu": ("#332288", "x"), "spare": ("#882255", "+")}
 SHADES = ("#0072B2", "#D55E00", "#009E73", "#882255", "#332288", "#7a7a7a")
+PENALTY_LOOK = {"none": ("#7a7a7a", "x"), "L1": LOOK["relu"], "L2": ("#D55E00", "D"), "smooth 0.01": ("#0072B2", "^"),
+                "smooth 0.1": ("#009E73", "v"), "smooth 1": ("#882255", "s")}
 PAPER_GREY = "#8a8a8a"
+ROWS_MIME = "application/vnd.saelib.rows+json"
 
 Points = list[tuple[float, list[float]]]  # x, and the y of each seed
 
@@ -29,6 +32,7 @@ class Picture(Figure):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.numbers: list[str] = []
+        self.rows: list[dict] = []  # the runs behind a frontier, for the page's interactive figure
 
     def svg(self) -> str:
         """The figure as SVG text, without a date."""
@@ -37,8 +41,9 @@ class Picture(Figure):
             FigureCanvasSVG(self).print_svg(buffer, metadata={"Date": None, "Creator": None})
         return buffer.getvalue()
 
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, str]:
-        return {"image/svg+xml": self.svg(), "text/plain": "\n".join(self.numbers)}
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+        shown = {"image/svg+xml": self.svg(), "text/plain": "\n".join(self.numbers)}
+        return shown | ({ROWS_MIME: self.rows} if self.rows else {})
 
 
 def canvas(n_panels: int = 1, sharey: bool = True, height: float = 3.5) -> tuple[Picture, list[Axes]]:
@@ -143,4 +148,94 @@ def frontier(rows: Sequence[dict], *, panel: str = "subject", x: str = "l0", y: 
         looks = {METHODS[m].label: LOOK[m] for m in by_method}
         versus(series, "active latents per token, L0", ylabel if ax is axes[0] else "", looks=looks, title=str(name), logy=logy, axes=ax)
     picture.supxlabel(note_of(rows), fontsize=7, color="#555555")
+    if (x, y) == ("l0", "normalized_mse"):
+        picture.rows = [plain_row(row) for row in rows]
+    return picture
+
+
+def plain_row(row: dict) -> dict:
+    """What a reader wants to know of one run's point, without what only a rerun needs."""
+    config = {name: row["config"][name] for name in ("subject", "method", "sparsity", "n_latents", "seed", "n_tokens")}
+    measured = {name: float(f"{row['metrics'][name]:.5g}") for name in ("l0", "normalized_mse")}
+    return config | measured | {"device": row["provenance"]["hardware"]}
+
+
+Line = tuple[Sequence[float], Sequence[float]]  # xs, and their ys
+
+
+def name_ends(axes: Axes, ends: dict[str, tuple[float, str]]) -> None:
+    """Write each label at the right, where its line ends, (y, colour), and apart from the other labels."""
+    low, high = axes.get_ylim()
+    order = sorted(ends, key=lambda label: ends[label][0])
+    at = [(ends[label][0] - low) / (high - low) for label in order]
+    for i in range(1, len(at)):
+        at[i] = max(at[i], at[i - 1] + 0.065)
+    for i in reversed(range(len(at))):  # what was pushed out at the top comes down again
+        at[i] = min([at[i], 1.0] if i + 1 == len(at) else [at[i], at[i + 1] - 0.065])
+    for label, height in zip(order, at):
+        axes.annotate(label, (1.01, height), xycoords="axes fraction", color=ends[label][1], fontsize=8, va="center")
+
+
+def curves(panels: dict[str, dict[str, Line]], xlabel: str, ylabels: Sequence[str], *, looks: dict[str, tuple[str, str]] | None = None,
+           dashed: Sequence[str] = (), dots: dict[str, dict[str, Line]] | None = None, note: str = "") -> Picture:
+    """Plain lines, a few labelled ones in each panel, on linear axes.
+
+    Args:
+        panels: title -> label -> (xs, ys). A label has one colour in all panels.
+        xlabel, ylabels: with their units; one ylabel for each panel.
+        looks: label -> (colour, marker); shades in order if None.
+        dashed: labels of the lines that are dashed.
+        dots: title -> label -> (xs, ys) of markers in the colour of the line with that label: what was measured.
+        note: what the figure was made from, under the axes.
+
+    Returns:
+        The picture; its numbers list about eight points of each line, and every dot.
+    """
+    picture, all_axes = canvas(len(panels), sharey=False)
+    picture.set_layout_engine("constrained")
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    color = {label: (looks or {}).get(label, (SHADES[i % len(SHADES)], ""))[0] for i, label in enumerate(labels)}
+    for axes, ylabel, (title, lines) in zip(all_axes, ylabels, panels.items()):
+        for label, (xs, ys) in lines.items():
+            axes.plot(xs, ys, color=color[label], linestyle="--" if label in dashed else "-", zorder=2 + (label in dashed))
+            some = range(0, len(xs), max(1, len(xs) // 8))
+            picture.numbers.append(f"{title}: {label}: " + " ".join(f"({xs[i]:.4g}, {ys[i]:.4g})" for i in some))
+        for label, (xs, ys) in (dots or {}).get(title, {}).items():
+            axes.plot(xs, ys, "o", color=color[label], markersize=4, zorder=4)
+            picture.numbers.append(f"{title}: {label}, measured: " + " ".join(f"({x:.4g}, {y:.4g})" for x, y in zip(xs, ys)))
+        axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+        name_ends(axes, {label: (ys[-1], color[label]) for label, (xs, ys) in lines.items()})
+    if note:
+        picture.supxlabel(note, fontsize=7, color="#555555")
+    return picture
+
+
+def histograms(columns: dict[str, dict[str, Sequence[float]]], xlabel: str, *, note: str = "") -> Picture:
+    """Histograms of one quantity at several moments: a column for each case, a row for each moment, what lies at or below 0 in grey.
+
+    Args:
+        columns: case -> moment -> values.
+        xlabel: with its units.
+        note: what the figure was made from.
+
+    Returns:
+        The picture; its numbers are the share of values at or below 0 and the mean of the others, in every panel.
+    """
+    every = np.concatenate([values for moments in columns.values() for values in moments.values()])
+    edges = np.arange(np.floor(every.min() * 20), np.ceil(every.max() * 20) + 1) / 20  # 0 is an edge
+    with matplotlib.style.context(STYLE):
+        picture = Picture(figsize=(5.6, 1.1 + 0.9 * max(map(len, columns.values()))), layout="constrained")
+        grid = picture.subplots(max(map(len, columns.values())), len(columns), sharex=True, sharey=True, squeeze=False)
+    for j, (case, moments) in enumerate(columns.items()):
+        for i, (moment, values) in enumerate(moments.items()):
+            axes, values = grid[i][j], np.asarray(values)
+            _, _, bars = axes.hist(values, edges, weights=np.full(len(values), 1 / len(values)), color=SHADES[0])
+            for left, bar in zip(edges, bars):
+                bar.set_facecolor(SHADES[0] if left > -1e-9 else "#b4b4b4")
+            silent = float((values <= 0).mean())
+            axes.set(yscale="log", title=case if i == 0 else "", ylabel=moment if j == 0 else "", xlabel=xlabel if i == len(moments) - 1 else "")
+            axes.text(0.98, 0.92, f"{silent:.0%} zeros", transform=axes.transAxes, ha="right", va="top", fontsize=8)
+            picture.numbers.append(f"{case}, {moment}: {silent:.4f} at or below 0, mean of the others {values[values > 0].mean() if silent < 1 else 0:.4g}")
+    if note:
+        picture.supxlabel(note, fontsize=7, color="#555555")
     return picture

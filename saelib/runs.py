@@ -135,8 +135,8 @@ def fit(source: Tensor | sources.Source, method: str = "topk", sparsity: float =
 
 @cache
 def code_hash() -> str:
-    """A hash of the modules that decide numbers, from activations to metrics: not plots, not prose."""
-    digest = hashlib.sha256()
+    """A hash of what decides a row's numbers: the built-in model and the modules from activations to metrics."""
+    digest = hashlib.sha256((subjects.PYGPT / "model.safetensors").read_bytes())
     for name in DECIDING:
         digest.update((PACKAGE / f"{name}.py").read_bytes())
     return digest.hexdigest()[:16]

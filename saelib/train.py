@@ -45,7 +45,7 @@ def auxk_term(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int) -> T
     Returns:
         A scalar; 0, without a gradient, when nothing is dead.
 
-    Paper: Appendix A.2
+    Paper: Appendix A.2 (the auxiliary loss)
     """
     if len(dead) == 0:
         return x.new_zeros(())

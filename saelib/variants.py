@@ -46,6 +46,21 @@ class ReLUSmoothest(ReLUSmooth):
     key, label, eps = "relu_smoothest", "ReLU + smoothest L1", 1.0
 
 
+class ReLUSubgradient(ReLU):
+    """ReLU with L1, where the derivative of |z| at z = 0 is ours to choose: `at_zero`, anything in [-1, 1].
+
+    loss = ||x - x_hat||² + l1_coef Σ_i |z_i|,  d|z|/dz = at_zero where z = 0, else sign(z)
+
+    Ours, because torch chooses 0, and the choice should not matter behind a ReLU.
+    """
+    key, label, at_zero = "relu_subgradient", "ReLU + L1, chosen at 0", 0.0
+
+    def penalty(self, sae, x, out) -> dict[str, Tensor]:
+        latents = out.latents.float()
+        slope = torch.where(latents == 0, self.at_zero, latents.sign()).detach()
+        return {"l1": self.sparsity * (slope * latents).sum(1).mean()}
+
+
 class StraightThroughTopK(TopK):
     """TopK forward, and backward as if every latent had been selected.
 
@@ -60,4 +75,4 @@ class StraightThroughTopK(TopK):
         return latents + pre_acts - pre_acts.detach()
 
 
-METHODS |= {method.key: method for method in (ReLUL2, ReLUSmooth, ReLUSmoother, ReLUSmoothest, StraightThroughTopK)}
+METHODS |= {method.key: method for method in (ReLUL2, ReLUSmooth, ReLUSmoother, ReLUSmoothest, ReLUSubgradient, StraightThroughTopK)}

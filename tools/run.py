@@ -4,7 +4,7 @@
     python tools/run.py --refresh-committed [NOTEBOOK ...]   `quick`, into the outputs kept in notebooks/
 
 A run is finished when the copy in runs/PROFILE/ carries the hash of the code that would be run now: the code
-cells of the notebook, the modules of saelib that decide numbers, the table of profiles and the verdicts.
+cells of the notebook, and saelib but for its plots.
 """
 import argparse
 import contextlib
@@ -39,9 +39,9 @@ def code_hash(notebook):
     from saelib import runs
 
     digest = hashlib.sha256(runs.code_hash().encode())
-    for name in ("profiles.py", "verdicts.py"):  # what is run, and how it is judged
-        module = ROOT / "saelib" / name
-        digest.update(module.read_bytes() if module.exists() else b"")
+    for module in sorted(ROOT.glob("saelib/*.py")):
+        if module.stem != "plots":
+            digest.update(module.read_bytes())
     for cell in code_cells(notebook):
         digest.update(b"\0" + cell.source.encode())
     return digest.hexdigest()[:16]

@@ -12,12 +12,12 @@ from pathlib import Path
 from saelib import RunConfig, frontiers, sweep
 
 STORE = Path(__file__).parents[1] / "book" / "results" / "lr.jsonl"
-GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+GRID = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 # subject: n_latents, tokens, the L0 to compare at, L1 coefficients around it
 SUBJECTS = {
-    "synthetic": (256, 300_000, 8, (0.08, 0.16, 0.32)),
-    "pygpt": (1024, 300_000, 32, (0.01, 0.02, 0.04)),
-    "minilm": (1536, 300_000, 32, (0.01, 0.02, 0.04)),
+    "synthetic": (256, 300_000, 8, (0.3, 0.5, 0.8)),
+    "pygpt": (1024, 300_000, 32, (0.03, 0.06, 0.1, 0.15, 0.22)),
+    "minilm": (1536, 300_000, 32, (0.03, 0.06, 0.1, 0.15, 0.22)),
 }
 
 
@@ -27,7 +27,7 @@ def score(subject, method, lr):
     sparsities = (l0,) if method == "topk" else coefs
     rows = sweep([RunConfig(subject, method, k, n_latents, n_tokens, lr=lr) for k in sparsities], STORE, progress=False)
     points = [(r["metrics"]["l0"], r["metrics"]["normalized_mse"]) for r in rows]
-    return points[0][1] if method == "topk" else frontiers.at_l0(points, l0), points
+    return (points[0][1] if method == "topk" else frontiers.at_l0(points, l0)), points
 
 
 def main(subjects):

@@ -1,0 +1,97 @@
+"""```{latent-explorer}```: the page that looks into latents, with the data that tools/make_explorer.py made.
+
+The data come from runs/PROFILE/explorer; for the profile `committed` from those of `quick`, which `make test` makes.
+Data that are missing, or that other code made, are a warning, and so fail a strict build. Without JavaScript the page
+still says what was trained, and what it would show.
+"""
+import html
+import shutil
+from pathlib import Path
+
+from docutils import nodes
+from executed import ROOT  # noqa: F401 (it puts the root on the path)
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
+from tools import make_explorer
+
+logger = logging.getLogger(__name__)
+ASSETS = Path("_static", "explorer")
+WITHOUT_SCRIPT = """\
+<noscript><p class="explorer-note">This page draws its latents with JavaScript, which is off here. It would show, for
+each latent of the two autoencoders above, how often it fires, the held-out text that it fires on most, and the next
+tokens that it makes more and less likely.</p></noscript>
+"""
+
+
+def profile_of(app):
+    profile = app.config.executed_profile
+    return "quick" if profile == "committed" else profile
+
+
+def data_folder(app):
+    return Path(app.srcdir, "runs", profile_of(app), "explorer")
+
+
+def check(app, about, location):
+    """Warn where the data cannot be trusted."""
+    remedy = f"python tools/make_explorer.py {profile_of(app)}"
+    if not about:
+        logger.warning("explorer: no data: %s", remedy, location=location, type="explorer")
+    elif about.get("code") != make_explorer.code_hash(profile_of(app)):
+        logger.warning("explorer: saelib has changed since its data were made: %s", remedy, location=location, type="explorer")
+
+
+def summary(about):
+    """The two autoencoders as a table in HTML."""
+    heads = ("Autoencoder", "Setting", "Latents", "L0", "Normalized MSE", "Dead latents")
+    rows = []
+    for sae in about["saes"].values():
+        knob = "k" if sae["knob"] == "k" else "λ"
+        cells = (f"{knob} = {sae['sparsity']:.3g}", f"{sae['n_latents']:,}", f"{sae['l0']:.1f}",
+                 f"{sae['normalized_mse']:.3f}", f"{sae['dead_fraction']:.1%}")
+        name = f'<th scope="row">{html.escape(sae["label"])}</th>'
+        rows.append(f"<tr>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    note = (f"Profile {about['profile']}: {about['training_tokens']:,} training tokens, on {html.escape(about['hardware'])}, "
+            f"{about['date']}. Latents are shown on {about['text_tokens']:,} tokens of held-out files.")
+    return (f'<div class="explorer-summary" tabindex="0" role="group" aria-label="The two autoencoders"><table class="table"><thead><tr>{head}</tr></thead>'
+            f'<tbody>{"".join(rows)}</tbody></table></div><p class="explorer-note">{note}</p>')
+
+
+class LatentExplorer(SphinxDirective):
+    """The place on the page that the script fills."""
+
+    def run(self):
+        about_path = data_folder(self.env.app) / "about.json"
+        self.env.note_dependency(str(about_path))
+        about = make_explorer.about_of(about_path.parent)
+        check(self.env.app, about, self.get_location())
+        self.env.metadata[self.env.docname]["explorer"] = True
+        if not about:
+            return []
+        root = "../" * self.env.docname.count("/") + ASSETS.as_posix()
+        place = f'<div id="latent-explorer" data-root="{root}/"></div>'
+        return [nodes.raw("", summary(about) + WITHOUT_SCRIPT + place, format="html")]
+
+
+def add_assets(app, pagename, templatename, context, doctree):
+    if app.env.metadata.get(pagename, {}).get("explorer"):
+        app.add_js_file("explorer.js", loading_method="defer")
+        app.add_css_file("explorer.css")
+
+
+def copy_data(app, exception):
+    folder = data_folder(app)
+    if exception or app.builder.format != "html" or not folder.exists():
+        return
+    target = Path(app.outdir, ASSETS)
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(folder, target)
+
+
+def setup(app):
+    app.setup_extension("executed")
+    app.add_directive("latent-explorer", LatentExplorer)
+    app.connect("html-page-context", add_assets)
+    app.connect("build-finished", copy_data)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

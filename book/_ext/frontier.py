@@ -1,0 +1,129 @@
+"""The interactive frontier: the rows behind a notebook's frontier figures, drawn on top of the static picture.
+
+The rows lie in the outputs of the executed notebook (`application/vnd.saelib.rows+json`, from `plots.frontier`). On the
+notebook's own page the script finds the figure by its name (the cell's metadata `mystnb.figure.name`); on any other:
+
+```{frontier} 06_frontier
+:name: fig-headline
+
+A caption; the figure's own if left out.
+```
+
+shows the static picture of the notebook's first frontier, and the script does the rest. Without JavaScript and in print the
+static picture stays. _static/frontier/NOTEBOOK.svg and .js hold picture and rows.
+"""
+import html
+import json
+from pathlib import Path
+
+import nbformat
+from docutils import nodes
+from docutils.statemachine import StringList
+from executed import executed_path
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
+
+logger = logging.getLogger(__name__)
+ROWS_MIME, SVG_MIME = "application/vnd.saelib.rows+json", "image/svg+xml"
+ASSETS = Path("_static", "frontier")
+
+
+def frontiers_of(notebook):
+    """The frontier figures of an executed notebook, in order: name, caption, alt, svg, rows (None in old outputs)."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if ROWS_MIME in data and SVG_MIME in data:
+                shown = cell.metadata.get("mystnb", {})
+                figure, image = shown.get("figure", {}), shown.get("image", {})
+                yield {
+                    "name": figure.get("name"), "caption": figure.get("caption", ""), "alt": image.get("alt", ""),
+                    "svg": "".join(data[SVG_MIME]), "rows": data[ROWS_MIME],
+                }
+
+
+def read_frontiers(app, docname):
+    path = executed_path(app, docname)
+    return list(frontiers_of(nbformat.read(path, 4))) if path.exists() else []
+
+
+def methods_of(figures):
+    """Label, knob and colour of each method in the rows."""
+    from saelib import METHODS, plots
+
+    keys = {row["method"] for figure in figures for row in figure["rows"]}
+    return {
+        key: {"label": METHODS[key].label, "knob": METHODS[key].knob, "color": plots.LOOK.get(key, plots.LOOK["spare"])[0],
+              "marker": plots.LOOK.get(key, plots.LOOK["spare"])[1]}
+        for key in METHODS if key in keys
+    }
+
+
+class Frontier(SphinxDirective):
+    """The first frontier figure of a notebook."""
+
+    required_arguments = 1
+    option_spec = {"name": str}
+    has_content = True
+
+    def run(self):
+        docname = f"notebooks/{self.arguments[0]}"
+        self.env.note_dependency(str(executed_path(self.env.app, docname)))
+        figures = read_frontiers(self.env.app, docname)
+        if not figures:
+            logger.warning("frontier: %s shows no frontier with its rows: run it again", docname,
+                           location=self.get_location(), type="frontier")
+            return []
+        self.env.metadata[self.env.docname]["frontier"] = self.arguments[0]
+        figure = nodes.figure("", self.picture(figures[0]), align="default", classes=["frontier-figure"])
+        caption = list(self.content) or [figures[0]["caption"]]
+        holder = nodes.Element()
+        self.state.nested_parse(StringList(caption, source="frontier"), self.content_offset, holder)
+        if holder.children:
+            figure += nodes.caption("", "", *holder.children[0].children)
+        self.options.setdefault("name", f"frontier-{self.arguments[0]}")
+        self.add_name(figure)
+        return [figure]
+
+    def picture(self, figure):
+        up = "../" * self.env.docname.count("/")
+        source = f"{up}{ASSETS.as_posix()}/{self.arguments[0]}.svg"
+        alt = html.escape(figure["alt"] or "Reconstruction error against active latents, one line for each method")
+        return nodes.raw("", f'<img src="{source}" alt="{alt}" data-frontier="{figure["name"] or ""}">', format="html")
+
+
+def notebook_of(app, pagename):
+    """The notebook whose rows a page draws, or None."""
+    named = app.env.metadata.get(pagename, {}).get("frontier")
+    if named:
+        return named
+    if pagename in app.env.found_docs and Path(app.env.doc2path(pagename)).suffix == ".ipynb" and read_frontiers(app, pagename):
+        return Path(pagename).name
+    return None
+
+
+def add_assets(app, pagename, templatename, context, doctree):
+    notebook = notebook_of(app, pagename)
+    if notebook is None:
+        return
+    write_assets(app, notebook)
+    app.add_css_file("frontier.css")
+    app.add_js_file("frontier.js", loading_method="defer")
+    app.add_js_file(f"frontier/{notebook}.js", loading_method="defer", priority=600)
+
+
+def write_assets(app, notebook):
+    figures = read_frontiers(app, f"notebooks/{notebook}")
+    folder = Path(app.outdir, ASSETS)
+    folder.mkdir(parents=True, exist_ok=True)
+    if figures and app.builder.format == "html":
+        data = {"methods": methods_of(figures), "figures": {figure["name"] or "": figure["rows"] for figure in figures}}
+        (folder / f"{notebook}.svg").write_text(figures[0]["svg"], encoding="utf8")
+        (folder / f"{notebook}.js").write_text(f"saelibFrontier({json.dumps(data, separators=(',', ':'))});\n", encoding="utf8")
+
+
+def setup(app):
+    app.setup_extension("executed")
+    app.add_directive("frontier", Frontier)
+    app.connect("html-page-context", add_assets)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

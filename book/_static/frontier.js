@@ -1,0 +1,240 @@
+/* The interactive frontier: draws a notebook's rows where its static figure stands. The figure stays for print and
+   without JavaScript. The data file, loaded after this one, calls saelibFrontier(data). */
+(function () {
+  "use strict";
+
+  const SIZE = { width: 620, height: 380, left: 62, right: 104, top: 14, bottom: 48 };
+  const FIELDS = {
+    subject: "subject", method: "method", sparsity: "k or λ", n_latents: "latents n", seed: "seed", n_tokens: "training tokens",
+    l0: "L0", normalized_mse: "normalized MSE", device: "device",
+  };
+
+  function make(tag, attributes = {}, ...children) {
+    const element = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) {
+      if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+      else if (value != null) element.setAttribute(name, value);
+    }
+    element.append(...children);
+    return element;
+  }
+
+  function svg(tag, attributes, ...children) {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) if (value != null) element.setAttribute(name, value);
+    element.append(...children);
+    return element;
+  }
+
+  const unique = (values) => [...new Set(values)];
+
+  /* 1, 2, 5 times powers of ten within the range; every power's nine where those are too few. */
+  function ticks(low, high) {
+    const found = (steps) => {
+      const values = [];
+      for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
+        for (const step of steps) {
+          const value = step * 10 ** power;
+          if (value >= low * 0.999 && value <= high * 1.001) values.push(Number(value.toPrecision(3)));
+        }
+      }
+      return values;
+    };
+    const few = found([1, 2, 5]);
+    return few.length >= 3 ? few : found([1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9]);
+  }
+
+  /* A logarithmic scale that covers the values with a margin. */
+  function scale(values, from, to) {
+    const pad = Math.max(0.04, 0.06 * Math.log(Math.max(...values) / Math.min(...values)));
+    const low = Math.log(Math.min(...values)) - pad, high = Math.log(Math.max(...values)) + pad;
+    const at = (value) => from + (to - from) * (Math.log(value) - low) / (high - low);
+    at.ticks = ticks(Math.exp(low), Math.exp(high));
+    return at;
+  }
+
+  const SHAPES = {
+    o: "M-4.5,0a4.5,4.5 0 1,0 9,0a4.5,4.5 0 1,0 -9,0", s: "M-4,-4H4V4H-4Z", "^": "M0,-5L5,4H-5Z", v: "M0,5L5,-4H-5Z",
+    D: "M0,-5.5L5.5,0L0,5.5L-5.5,0Z", x: "M-4,-4L4,4M-4,4L4,-4", "+": "M-5,0H5M0,-5V5",
+  };
+
+  class Chart {
+    constructor(rows, methods, figure) {
+      this.rows = rows;
+      this.methods = methods;
+      this.figure = figure;
+      this.subject = rows[0].subject;
+      this.n = null;
+      this.chosen = null;
+      this.chart = make("div");
+      this.readout = make("p", { class: "readout", role: "status" });
+      this.table = make("div", { class: "rows", tabindex: "0", role: "group", "aria-label": "The runs in this figure" });
+      this.details = make("details", {}, make("summary", {}, "The runs in this figure"), this.table);
+      this.controls = make("div", { class: "controls" });
+      this.element = make("div", { class: "frontier-live" }, this.controls, this.chart, this.readout, this.details);
+      this.drawControls();
+      this.draw();
+    }
+
+    sizes() {
+      return unique(this.rows.filter((row) => row.subject === this.subject).map((row) => row.n_latents)).sort((a, b) => a - b);
+    }
+
+    shown() {
+      return this.rows.filter((row) => row.subject === this.subject && row.n_latents === this.n);
+    }
+
+    color(key) {
+      return `var(--method-${key}, ${this.methods[key].color})`;
+    }
+
+    select(text, values, value, onchange) {
+      const box = make("select", { onchange: (event) => onchange(event.target.value) }, ...values.map((v) => make("option", { value: v }, String(v))));
+      box.value = value;
+      return make("label", {}, text, make("br"), box);
+    }
+
+    drawControls() {
+      const sizes = this.sizes();
+      if (!sizes.includes(this.n)) this.n = sizes[sizes.length - 1];
+      const change = (assign) => (value) => { assign(value); this.chosen = null; this.drawControls(); this.draw(); };
+      const subject = this.select("Subject", unique(this.rows.map((row) => row.subject)), this.subject, change((value) => { this.subject = value; }));
+      const controls = [subject];
+      if (sizes.length > 1) controls.push(this.select("Latents n", sizes, this.n, change((value) => { this.n = Number(value); })));
+      controls.push(make("button", { type: "button", onclick: () => this.flip() }, this.flipped ? "Interactive figure" : "Static figure"));
+      const focused = [...this.controls.querySelectorAll("select, button")].indexOf(document.activeElement);
+      this.controls.replaceChildren(...controls);
+      if (focused >= 0) this.controls.querySelectorAll("select, button")[focused]?.focus();
+    }
+
+    /* Swap the drawn figure and the static one. */
+    flip() {
+      this.flipped = !this.flipped;
+      showStatic(this.figure, this.flipped);
+      for (const part of [this.chart, this.readout, this.details]) part.hidden = this.flipped;
+      this.drawControls();
+    }
+
+    describe(row) {
+      const method = this.methods[row.method], knob = method.knob === "k" ? "k" : "λ";
+      return `${method.label}, ${knob} = ${row.sparsity}: L0 ${row.l0.toFixed(1)}, normalized MSE ${row.normalized_mse.toFixed(4)}. `
+        + `${row.subject}, n = ${row.n_latents.toLocaleString("en")}, seed ${row.seed}, ${row.n_tokens.toLocaleString("en")} training tokens, ${row.device}.`;
+    }
+
+    draw() {
+      const rows = this.shown().sort((a, b) => a.method.localeCompare(b.method) || a.l0 - b.l0);
+      this.x = scale(rows.map((row) => row.l0), SIZE.left, SIZE.width - SIZE.right);
+      this.y = scale(rows.map((row) => row.normalized_mse), SIZE.height - SIZE.bottom, SIZE.top);
+      this.points = rows.map((row, i) => this.point(row, i));
+      const keys = Object.keys(this.methods).filter((key) => rows.some((row) => row.method === key));
+      this.chart.replaceChildren(svg("svg", { class: "chart", viewBox: `0 0 ${SIZE.width} ${SIZE.height}`, role: "group",
+        "aria-label": `Normalized MSE against L0 on ${this.subject}, ${rows.length} runs. Arrow keys go from run to run.` },
+      ...this.axes(), ...this.lines(keys, rows), ...this.points));
+      this.readout.textContent = "Point at a run to read it, or use Tab and the arrow keys. A click shows its row.";
+      this.drawTable(rows);
+    }
+
+    axes() {
+      const { left, right, top, bottom, width, height } = SIZE, parts = [];
+      for (const value of this.x.ticks) {
+        parts.push(svg("line", { class: "grid", x1: this.x(value), x2: this.x(value), y1: top, y2: height - bottom }),
+          svg("text", { x: this.x(value), y: height - bottom + 17, "text-anchor": "middle" }, String(value)));
+      }
+      for (const value of this.y.ticks) {
+        parts.push(svg("line", { class: "grid", x1: left, x2: width - right, y1: this.y(value), y2: this.y(value) }),
+          svg("text", { x: left - 8, y: this.y(value) + 4, "text-anchor": "end" }, String(value)));
+      }
+      parts.push(svg("text", { x: (left + width - right) / 2, y: height - 8, "text-anchor": "middle" }, "active latents per token, L0"),
+        svg("text", { transform: `translate(14 ${(top + height - bottom) / 2}) rotate(-90)`, "text-anchor": "middle" }, "normalized MSE"));
+      return parts;
+    }
+
+    /* A line a method, through the mean L0 and the geometric mean of the errors of runs that differ in their seed. */
+    lines(keys, rows) {
+      const ends = [];
+      const lines = keys.map((key) => {
+        const own = rows.filter((row) => row.method === key);
+        const means = unique(own.map((row) => row.sparsity)).map((sparsity) => {
+          const seeds = own.filter((row) => row.sparsity === sparsity);
+          const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
+          return [mean(seeds.map((row) => row.l0)), Math.exp(mean(seeds.map((row) => Math.log(row.normalized_mse))))];
+        }).sort((a, b) => a[0] - b[0]);
+        const path = means.map(([x, y], i) => `${i ? "L" : "M"}${this.x(x).toFixed(1)},${this.y(y).toFixed(1)}`).join("");
+        const [x, y] = means[means.length - 1];
+        ends.push({ key, x: this.x(x) + 10, y: this.y(y) + 4 });
+        return svg("path", { class: "mean", d: path, style: `stroke:${this.color(key)}` });
+      });
+      ends.sort((a, b) => a.y - b.y);
+      ends.forEach((end, i) => { if (i && end.y - ends[i - 1].y < 15 && Math.abs(end.x - ends[i - 1].x) < 90) end.y = ends[i - 1].y + 15; });
+      return [...lines, ...ends.map(({ key, x, y }) => svg("text", { class: "end", x, y, style: `fill:${this.color(key)}` }, this.methods[key].label))];
+    }
+
+    point(row, i) {
+      const { marker } = this.methods[row.method];
+      const point = svg("g", { class: "point", transform: `translate(${this.x(row.l0).toFixed(1)} ${this.y(row.normalized_mse).toFixed(1)})`,
+        role: "button", tabindex: i ? "-1" : "0", "aria-label": this.describe(row), "aria-pressed": "false" },
+      svg("circle", { r: 10, fill: "transparent" }), svg("circle", { class: "ring", r: 9 }),
+      svg("path", { d: SHAPES[marker] || SHAPES.o, style: `stroke:${this.color(row.method)};stroke-width:1.6;fill:var(--pst-color-background)` }));
+      const read = () => { this.readout.textContent = this.describe(row); };
+      point.addEventListener("pointerenter", read);
+      point.addEventListener("focus", read);
+      point.addEventListener("click", () => this.pick(i));
+      point.addEventListener("keydown", (event) => this.key(event, i));
+      return point;
+    }
+
+    key(event, i) {
+      const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1, Home: -i, End: this.points.length - 1 - i }[event.key];
+      if (event.key === "Enter" || event.key === " ") this.pick(i);
+      else if (step === undefined) return;
+      else this.stop((i + step + this.points.length) % this.points.length).focus();
+      event.preventDefault();
+    }
+
+    /* Make one point the chart's stop for Tab. */
+    stop(i) {
+      this.points.forEach((point, at) => point.setAttribute("tabindex", at === i ? "0" : "-1"));
+      return this.points[i];
+    }
+
+    pick(i) {
+      this.stop(i);
+      this.points.forEach((point, at) => point.setAttribute("aria-pressed", String(at === i)));
+      this.details.open = true;
+      [...this.table.querySelectorAll("tbody tr")].forEach((line, at) => {
+        line.classList.toggle("chosen", at === i);
+        line.toggleAttribute("aria-current", at === i);
+        if (at === i) this.table.scrollTop = line.offsetTop - this.table.offsetTop - this.table.clientHeight / 2;
+      });
+      this.readout.textContent = this.points[i].getAttribute("aria-label");
+    }
+
+    drawTable(rows) {
+      const cell = (row, name) => name === "method" ? this.methods[row.method].label : typeof row[name] === "number" && name !== "sparsity"
+        ? (Number.isInteger(row[name]) ? row[name].toLocaleString("en") : name === "l0" ? row[name].toFixed(1) : row[name].toFixed(4)) : String(row[name]);
+      const head = make("tr", {}, ...Object.values(FIELDS).map((text) => make("th", { scope: "col" }, text)));
+      const body = rows.map((row) => make("tr", {}, ...Object.keys(FIELDS).map((name) => make("td", {}, cell(row, name)))));
+      this.table.replaceChildren(make("table", {}, make("thead", {}, head), make("tbody", {}, ...body)));
+    }
+  }
+
+  function pictureOf(name) {
+    return document.querySelector(`img[data-frontier="${name}"]`) || (name && document.getElementById(name)?.querySelector("img"));
+  }
+
+  function showStatic(picture, visible) {
+    picture.style.display = visible ? "" : "none";
+    picture.toggleAttribute("data-frontier-hidden", !visible);
+  }
+
+  window.saelibFrontier = ({ methods, figures }) => {
+    for (const [name, rows] of Object.entries(figures)) {
+      const picture = pictureOf(name);
+      if (!picture || !rows.length) continue;
+      const holder = picture.closest("a.image-reference") || picture;
+      const chart = new Chart(rows, methods, holder);
+      holder.before(chart.element);
+      showStatic(holder, false);
+    }
+  };
+})();

@@ -1,0 +1,84 @@
+"""The claims that the book puts to the test, each with the criterion that was written before the run."""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from saelib import criteria
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim: its words, where the paper makes it, the criterion in words, the paper's own figure, and the same
+    criterion as a function from the measured values to (a line that says them, whether each part held)."""
+    claim: str
+    section: str
+    criterion: str
+    paper: str
+    judge: Callable[..., tuple[str, list[bool]]]
+
+
+CLAIMS = {
+    "A1.1": Claim("ReLU with an L1 penalty trains a working SAE, and λ sets the trade-off", "§2.2",
+                  "In every seed L0 falls and normalized MSE rises with each step of λ, and some λ gives L0 below half of d_model with less error than as many principal components",
+                  "the baseline; no figure given", criteria.l1_trades),
+    "A1.2": Claim("L1 pulls on every active latent with the same force, L2 with a force that vanishes", "§2.2",
+                  "Autograd's derivative of the penalty is λ for every active latent and 2λz for L2, to a relative 1e-5; L2's least is below 1 % of its largest",
+                  "no figure given", criteria.constant_pull),
+    "A1.3": Claim("The constant pull makes exact zeros; L2 does not", "§2.2",
+                  "The 1-D minimiser is exactly 0 for all 0 < x <= λ/2 under L1 and for no x > 0 under L2; at equal error L2 has more active latents in every seed; "
+                  "L1 has more exact zeros than no penalty; and L2 with ReLU has below 1 %",
+                  "no figure given", criteria.pull_makes_zeros),
+    "A1.4": Claim("The subgradient that is chosen for |z| at 0 cannot matter behind a ReLU", "§2.2",
+                  "Trained with the choices -1, 0, 0.5 and 1, all weights agree bit for bit on every subject in every seed, though more than 10 % of the latents are exactly 0; "
+                  "and the same comparison finds a difference in a case that is built to have one",
+                  "no figure given", criteria.same_bits),
+    "A1.5": Claim("A smooth approximation removes L1's corner and, without the ReLU, its exact zeros", "§2.2",
+                  "The 1-D minimiser is 0 for all 0 < x <= λ/2 under L1 and for no x > 0 under any smooth L1; SAEs without ReLU have below 0.1 % exact zeros under every smooth L1, and more under L1",
+                  "no figure given", criteria.smooth_loses_zeros),
+    "A1.6": Claim("L1 is a poor stand-in for L0: codes with the same L0 have any L1, and without unit-norm decoder rows the penalty is gamed", "§2.2",
+                  "Without the constraint, in every seed: the mean norm of the decoder rows is above 2, L1 below half and L0 above that of the constrained twin. "
+                  "On every subject, over tokens with exactly k active latents, the 95th percentile of L1 is more than 1.5 times the 5th",
+                  "no figure given", criteria.gamed),
+    "A1.7": Claim("L1 shrinks active latents, large ones as much as small: by half its coefficient on an orthonormal dictionary", "§2.3, §5.1",
+                  "At every coefficient and in every seed, the mean shift of a trained SAE's active latents is within 5 % of l1_coef / 2, and within 10 % for the largest quarter of them",
+                  "shrinkage is named, without a figure", criteria.shrinkage),
+    "A2.1": Claim("TopK keeps the k largest pre-activations, by value, and trains on the squared error alone", "§2.3, Eq. (3)",
+                  "Without AuxK the loss has the one term squared_error; on every subject all held-out tokens have as active latents the k largest values of a full sort, "
+                  "and for more than half of them the k largest magnitudes would be others",
+                  "Eq. (3)", criteria.largest_values),
+    "A2.2": Claim("TopK's gradient reaches only the latents it selected: the exact Jacobian of a piecewise-linear map, and it trains better than a straight-through one", "§2.3",
+                  "Relative to its size, autograd's gradient is within 1e-12 of the mask's and 1e-6 of finite differences, and straight-through's is more than 0.1 away; "
+                  "straight-through's normalized MSE is above TopK's in every seed",
+                  "no figure given", criteria.exact_jacobian),
+    "A2.3": Claim("TopK's selection is discrete: its output jumps at a tie, and active sets settle during training", "§2.3",
+                  "On a path cut 16 times finer TopK's largest step keeps more than 90 % of its size and ReLU's less than 20 %; in every seed fewer tokens change "
+                  "their active set between TopK's last two checkpoints than between its first two",
+                  "no figure given", criteria.discrete),
+    "A2.4": Claim("TopK's L0 is k by construction, before any training", "§2.3",
+                  "On every subject no token has more than k active latents, and at initialisation L0 is within 1 % of k for k up to 64",
+                  "k is set directly", criteria.l0_by_construction),
+    "A2.5": Claim("ReLU's L0 emerges from training and has to be tuned for", "§2.3",
+                  "Bisection on the L1 coefficient needs more than one run on every subject, and one coefficient gives L0s more than a factor 2 apart over subjects and n",
+                  "tuning the L1 coefficient is called a cost of ReLU; no count is given", criteria.l0_emerges),
+    "A2.6": Claim("TopK does not shrink its active latents", "§2.3, §5.1",
+                  "On every subject and in every seed, refinement changes the sum of TopK's active latents by less than 2 %",
+                  "TopK's refined values are not biased upwards (read off the figure of §5.1)", criteria.unbiased),
+    "A3.1": Claim("Refinement moves ReLU's latents up as a whole; TopK's move less and without a bias", "§5.1",
+                  "On every subject and in every seed: the sum of ReLU's active latents rises; TopK's absolute changes, relative to the sum, are smaller than ReLU's; "
+                  "and the change of TopK's sum is within a quarter of ReLU's",
+                  "ReLU's values are biased downwards, TopK's less (read off the figure of §5.1)", criteria.refined),
+    "A3.2": Claim("At equal L0 TopK reconstructs better than ReLU", "§3.1, Fig. 2a",
+                  "On every subject and at every L0 compared, ReLU's normalized MSE is more than 1 times TopK's in every seed",
+                  "TopK below ReLU at every L0 (read off Fig. 2a)", criteria.headline),
+    "A3.3": Claim("The gap between TopK and ReLU grows with the number of latents", "§3.1, Fig. 2b",
+                  "At L0 32, the ratio of ReLU's error to TopK's at the largest n over that at the smallest n has a 95 % interval over seeds above 1",
+                  "the gap widens with n (read off Fig. 2b)", criteria.gap_grows),
+    "A3.4": Claim("TopK runs are compared at exactly equal L0, ReLU runs are not", "§2.3",
+                  "Over seeds, TopK's L0 at one k spreads by less than 1 % and ReLU's at one coefficient by more than TopK's",
+                  "no figure given", criteria.equal_l0),
+    "M1": Claim("Definitions of normalized MSE that are in use can put two autoencoders in opposite orders", "ours",
+                "Among the autoencoders of the chapter, a pair that two of six definitions order oppositely, by more than 1 % under both",
+                "not in the paper", criteria.opposite_orders),
+    "C1": Claim("On a known dictionary TopK at the true L0 finds the features", "ours",
+                "In every seed: mean max cosine above 0.9 at k = true L0; higher than ReLU's at the same L0; and lower at k = 4 times the true L0",
+                "not in the paper", criteria.recovery),
+}

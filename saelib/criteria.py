@@ -1,0 +1,131 @@
+"""The criteria of the claims as functions: from what was measured to (a line that says it, whether each part held).
+
+Their words stand in `saelib.claims`. Both were written before the runs.
+"""
+from saelib.frontiers import interval
+
+
+def headline(ratios: dict[str, dict[float, dict[int, float]]]):
+    lines, parts = [], []
+    for subject, by_l0 in ratios.items():
+        for l0, by_seed in by_l0.items():
+            if by_seed:
+                mean, low, high = interval(list(by_seed.values()))
+                lines.append(f"{subject} L0 {l0:g}: {mean:.2f} times [{low:.2f}, {high:.2f}]")
+                parts.append(min(by_seed.values()) > 1)
+    return "; ".join(lines), parts
+
+
+def gap_grows(ratios: dict[int, dict[int, float]]):
+    least, most = min(ratios), max(ratios)
+    shared = sorted(set(ratios[least]) & set(ratios[most]))
+    growth = [ratios[most][seed] / ratios[least][seed] for seed in shared]
+    mean, low, high = interval(growth)
+    text = ", ".join(f"n = {n}: {interval(list(by_seed.values()))[0]:.2f}" for n, by_seed in sorted(ratios.items()))
+    return f"ReLU's error over TopK's at L0 32, {text}; growth {mean:.2f} [{low:.2f}, {high:.2f}]", [low > 1]
+
+
+def equal_l0(topk_spread: float, relu_spread: float):
+    return f"largest spread of L0 over seeds: TopK {topk_spread:.2%}, ReLU {relu_spread:.1%}", [topk_spread < 0.01, relu_spread > topk_spread]
+
+
+def l0_by_construction(largest_excess: float, shortfall: dict[str, float]):
+    text = ", ".join(f"{name} {value:.2%}" for name, value in shortfall.items())
+    return f"no token above k: {largest_excess <= 0}; L0 below k at initialisation by {text}", [largest_excess <= 0, max(shortfall.values()) < 0.01]
+
+
+def l0_emerges(n_runs: dict[str, int], spread: float):
+    text = ", ".join(f"{name} {n}" for name, n in n_runs.items())
+    return f"training runs to reach L0 32 within 5 %: {text}; TopK 1. One l1_coef gives L0s {spread:.1f}-fold apart over subjects and n", [
+        min(n_runs.values()) > 1, spread > 2]
+
+
+def recovery(topk: list[float], relu: list[float], wide: list[float]):
+    mean = lambda v: interval(v)[0]
+    return (f"mean max cosine at the true L0: TopK {mean(topk):.3f}, ReLU {mean(relu):.3f}; TopK at 4 times the true L0 {mean(wide):.3f}",
+            [min(topk) > 0.9, all(t > r for t, r in zip(topk, relu)), all(w < t for w, t in zip(wide, topk))])
+
+
+def gamed(norms: list[float], l1: list[float], l0: list[float], spread: dict[str, float]):
+    text = ", ".join(f"{name} {value:.2f}" for name, value in spread.items())
+    return (f"without the constraint, least over seeds: decoder norm {min(norms):.2f}; most: L1 {max(l1):.2f} times; L0 {min(l0):.2f} times at least. "
+            f"Tokens with equal L0, 95th over 5th percentile of L1: {text}", [min(norms) > 2, max(l1) < 0.5, min(l0) > 1, min(spread.values()) > 1.5])
+
+
+def shrinkage(shift: dict[float, list[float]], large: dict[float, list[float]]):
+    lines = [f"l1_coef {coef:g}: {interval(shift[coef])[0]:.3f}, largest quarter {interval(large[coef])[0]:.3f}" for coef in shift]
+    off = lambda table: max(abs(value - 1) for values in table.values() for value in values)
+    return "shift in units of l1_coef / 2, " + "; ".join(lines), [off(shift) < 0.05, off(large) < 0.1]
+
+
+def refined(shift: dict[str, dict[str, list[float]]], change: dict[str, dict[str, list[float]]]):
+    lines, parts = [], []
+    for subject, by in shift.items():
+        relu, topk = ("{:+.1%} [{:+.1%}, {:+.1%}]".format(*interval(by[method])) for method in ("relu", "topk"))
+        lines.append(f"{subject}: latents move by ReLU {relu}, TopK {topk}")
+        parts += [min(by["relu"]) > 0, all(t < r for t, r in zip(change[subject]["topk"], change[subject]["relu"])),
+                  all(abs(t) < r / 4 for t, r in zip(by["topk"], by["relu"]))]
+    return "; ".join(lines), parts
+
+
+def unbiased(shift: dict[str, list[float]]):
+    text = "; ".join("{}: {:+.2%} [{:+.2%}, {:+.2%}]".format(subject, *interval(values)) for subject, values in shift.items())
+    return f"refinement moves TopK's latents by {text}", [max(map(abs, values)) < 0.02 for values in shift.values()]
+
+
+def largest_values(terms: list[str], same: dict[str, float], by_magnitude: dict[str, float]):
+    text = ", ".join(f"{name} {same[name]:.1%} and {by_magnitude[name]:.1%}" for name in same)
+    return (f"terms of the loss: {', '.join(terms)}; tokens whose active latents are the k largest values, and for which magnitudes choose others: {text}",
+            [terms == ["squared_error"], min(same.values()) == 1, min(by_magnitude.values()) > 0.5])
+
+
+def exact_jacobian(mask: float, differences: float, straight_through: float, errors: dict[str, list[float]]):
+    worse = [ste / exact for ste, exact in zip(errors["topk_ste"], errors["topk"])]
+    return (f"autograd is off the mask by {mask:.0e}, off finite differences by {differences:.0e} (straight-through: {straight_through:.1f}), relative; "
+            "straight-through's normalized MSE is {:.2f} times TopK's [{:.2f}, {:.2f}]".format(*interval(worse)),
+            [mask < 1e-12, differences < 1e-6, straight_through > 0.1, min(worse) > 1])
+
+
+def discrete(kept: dict[str, float], changed: list[tuple[float, float]]):
+    first, last = (interval([pair[i] for pair in changed])[0] for i in (0, 1))
+    return (f"largest step left on a path cut 16 times finer: TopK {kept['topk']:.2f}, ReLU {kept['relu']:.2f}; "
+            f"tokens whose active set changed between checkpoints: {first:.1%} at first, {last:.1%} at last",
+            [kept["topk"] > 0.9, kept["relu"] < 0.2, all(end < start for start, end in changed)])
+
+
+def l1_trades(d_model: int, l0: dict[int, list[float]], mse: dict[int, list[float]], pca: dict[int, list[float]]):
+    rises = lambda values: all(a < b for a, b in zip(values, values[1:]))
+    works = [min([m / p for n, m, p in zip(l0[s], mse[s], pca[s]) if 2 * n < d_model], default=float("inf")) for s in l0]
+    first = next(iter(l0))
+    return (f"L0 {', '.join(f'{n:.1f}' for n in l0[first])}, normalized MSE {', '.join(f'{m:.3f}' for m in mse[first])} (seed {first}); "
+            f"error over that of as many principal components: {max(works):.2f}",
+            [all(rises(l[::-1]) for l in l0.values()), all(map(rises, mse.values())), max(works) < 1])
+
+
+def constant_pull(l1_deviation: float, l2_deviation: float, l2_fades: float):
+    return (f"autograd agrees with λ and with 2λz to 1e-5: {max(l1_deviation, l2_deviation) < 1e-5}; "
+            f"L2's pull on the smallest active latent is {l2_fades:.1e} of that on the largest",
+            [l1_deviation < 1e-5, l2_deviation < 1e-5, l2_fades < 0.01])
+
+
+def pull_makes_zeros(in_1d: dict[str, float], more_active: list[float], l1_zeros: list[float], no_zeros: list[float], l2_zeros: list[float]):
+    return (f"1-D: zero for {in_1d['L1']:.0%} of 0 < x <= λ/2 under L1 and {in_1d['L2']:.0%} under L2; SAEs at equal error: L2 keeps {min(more_active):.1f} "
+            f"times L1's active latents or more; exact zeros {max(no_zeros):.1%} with no penalty, {min(l1_zeros):.1%} with L1, up to {max(l2_zeros):.1%} with L2 and ReLU",
+            [in_1d["L1"] == 1 and in_1d["L2"] == 0, min(more_active) > 1, min(l1_zeros) > max(no_zeros), max(l2_zeros) < 0.01])
+
+
+def smooth_loses_zeros(in_1d: dict[str, float], without_relu: dict[str, float]):
+    smooth = [name for name in without_relu if name != "L1"]
+    text = ", ".join(f"{name} {share:.2%}" for name, share in without_relu.items())
+    return (f"1-D: zero for {in_1d['L1']:.0%} of 0 < x <= λ/2 under L1, for {max(in_1d[name] for name in smooth):.0%} under smooth L1; exact zeros in SAEs without ReLU: {text}",
+            [in_1d["L1"] == 1 and not any(in_1d[name] for name in smooth), max(without_relu[name] for name in smooth) < 1e-3, without_relu["L1"] > 1e-3])
+
+
+def same_bits(different: dict[str, int], control: int, exact_zeros: float):
+    return (f"weights that differ from those of choice 0: {', '.join(f'{name} {n}' for name, n in different.items())}; "
+            f"in the control {'some' if control else 'none'}; {exact_zeros:.1%} of the latents in training were exactly 0",
+            [not any(different.values()), control > 0, exact_zeros > 0.1])
+
+
+def opposite_orders(margin: float, pair: str, definitions: str):
+    return f"{pair}, {definitions}: the smaller of the two differences is {margin:.1%}", [margin > 0.01]

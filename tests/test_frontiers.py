@@ -1,0 +1,45 @@
+import math
+
+import pytest
+
+from saelib import frontiers
+from saelib.runs import RunConfig
+
+
+def row(method, sparsity, seed, l0, mse):
+    return {"config": {"method": method, "sparsity": sparsity, "seed": seed}, "metrics": {"l0": l0, "normalized_mse": mse}}
+
+
+def test_a_power_law_is_read_exactly_between_its_points():
+    points = [(l0, 3 * l0**-0.5) for l0 in (64, 4, 16)]
+    assert frontiers.at_l0(points, 30) == pytest.approx(3 * 30**-0.5)
+
+
+def test_a_frontier_is_not_extrapolated():
+    assert math.isnan(frontiers.at_l0([(4, 0.3), (16, 0.1)], 17)) and math.isnan(frontiers.at_l0([], 5))
+
+
+def test_ratios_read_the_other_frontier_at_each_runs_own_l0_and_seed():
+    rows = [row("relu", c, s, l0, 2 * (1 + s) / l0) for s in (0, 1) for c, l0 in ((0.1, 40), (0.2, 10))]
+    rows += [row("topk", k, s, k - 0.5, 1 / (k - 0.5)) for s in (0, 1) for k in (20, 100)]
+    found = frontiers.ratios(rows, "relu", "topk")
+    assert found[20] == {0: pytest.approx(2), 1: pytest.approx(4)} and found[100] == {}
+
+
+def test_the_interval_over_seeds_is_students():
+    mean, low, high = frontiers.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and high - mean == pytest.approx(4.302653 / math.sqrt(3), rel=1e-5) and mean - low == pytest.approx(high - mean)
+    assert frontiers.interval([5.0])[1:] == (-math.inf, math.inf)
+
+
+def test_bisection_ends_at_the_wanted_l0_and_counts_every_run(monkeypatch):
+    asked = []
+
+    def fake(configs, store, device):
+        asked.append(configs[0].sparsity)
+        return [{"config": {}, "metrics": {"l0": 3.0 / configs[0].sparsity}}]
+
+    monkeypatch.setattr(frontiers, "sweep", fake)
+    rows = frontiers.bisect(RunConfig("synthetic", "relu", 0.5, 8, 10), 32)
+    assert abs(rows[-1]["metrics"]["l0"] / 32 - 1) <= 0.05 and len(rows) == len(asked) > 2
+    assert len(frontiers.bisect(RunConfig("synthetic", "relu", 3 / 32, 8, 10), 32)) == 1

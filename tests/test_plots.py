@@ -1,0 +1,33 @@
+import re
+
+import pytest
+
+from saelib import plots
+
+SERIES = {"TopK": [(8, [0.3, 0.31, 0.29]), (32, [0.1, 0.11, 0.1])]}
+
+
+def test_the_same_numbers_make_the_same_file():
+    assert plots.versus(SERIES, "x", "y").svg() == plots.versus(SERIES, "x", "y").svg()
+
+
+def test_a_figure_has_no_date_and_lists_its_numbers():
+    picture = plots.versus(SERIES, "x", "y")
+    bundle = picture._repr_mimebundle_()
+    assert not re.search(r"dc:date|20\d\d-\d\d-\d\d", bundle["image/svg+xml"])
+    assert bundle["text/plain"].splitlines() == ["TopK, x 8: 0.3 0.31 0.29", "TopK, x 32: 0.1 0.11 0.1"]
+
+
+def test_every_method_of_the_paper_keeps_a_colour_of_its_own():
+    assert len({color for color, _ in plots.LOOK.values()}) == len({marker for _, marker in plots.LOOK.values()}) == len(plots.LOOK)
+
+
+def luminance(color):
+    channels = [int(color[i: i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("key", ["relu", "topk", "batchtopk", "jumprelu", "prolu", "spare"])
+def test_colours_stand_out_on_white(key):
+    assert 1.05 / (luminance(plots.LOOK[key][0]) + 0.05) >= 3

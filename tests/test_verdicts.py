@@ -1,0 +1,41 @@
+import json
+
+import pytest
+
+from saelib import claims, verdicts
+
+
+def test_a_verdict_is_held_held_in_part_or_not_held(monkeypatch):
+    said = claims.Claim("c", "§0", "x", "p", lambda parts: ("measured", parts))
+    monkeypatch.setitem(claims.CLAIMS, "T", said)
+    assert [verdicts.judge("T", parts=p)["verdict"] for p in ([True, True], [True, False], [False])] == ["held", "held in part", "not held"]
+
+
+def test_a_claim_that_is_unknown_or_was_given_nothing_is_refused():
+    with pytest.raises(ValueError, match="claim_id is 'Z9': it must be one of"):
+        verdicts.judge("Z9")
+    with pytest.raises(ValueError, match="was given nothing to judge"):
+        verdicts.judge("A3.2", ratios={})
+
+
+def test_the_headline_fails_when_a_single_seed_fails():
+    good, bad = {"s": {32: {0: 1.2, 1: 1.1}}}, {"s": {32: {0: 1.2, 1: 0.99}}}
+    assert verdicts.judge("A3.2", ratios=good)["verdict"] == "held" and verdicts.judge("A3.2", ratios=bad)["verdict"] == "not held"
+
+
+def test_a_gap_that_grows_within_the_noise_does_not_count():
+    steady = {256: {0: 1.0, 1: 1.1, 2: 0.9}, 512: {0: 1.1, 1: 1.0, 2: 1.0}}
+    growing = {256: {0: 1.0, 1: 1.1, 2: 0.9}, 512: {0: 1.5, 1: 1.63, 2: 1.36}}
+    assert verdicts.judge("A3.3", ratios=steady)["verdict"] == "not held" and verdicts.judge("A3.3", ratios=growing)["verdict"] == "held"
+
+
+def test_what_a_notebook_keeps_is_text_a_box_and_data():
+    bundle = verdicts.judge("A3.4", topk_spread=0.0, relu_spread=0.1)._repr_mimebundle_()
+    assert bundle["text/plain"].startswith("A3.4 held:") and 'class="verdict held"' in bundle["text/html"]
+    assert set(json.loads(json.dumps(bundle[verdicts.VERDICT_MIME]))) == {"id", "claim", "section", "criterion", "paper", "ours", "verdict"}
+    assert verdicts.Numbers(a=0.123456)._repr_mimebundle_()["text/plain"] == "a = 0.1235"
+
+
+@pytest.mark.parametrize("claim", claims.CLAIMS.values(), ids=list(claims.CLAIMS))
+def test_every_claim_says_its_words_section_criterion_and_the_papers_figure(claim):
+    assert all(len(text) > 2 for text in (claim.claim, claim.section, claim.criterion, claim.paper))
