@@ -29,6 +29,7 @@ step = @echo "[$$(date +%H:%M:%S)] $(1)"
 book: $(VENV)/.installed
 	$(call step,running the notebooks at profile $(PROFILE) (finished runs are reused))
 	@$(BIN)/python tools/run.py $(PROFILE)
+	@$(BIN)/python tools/make_explorer.py $(PROFILE)
 	$(call step,building the site)
 	@rm -rf _build/html _build/.doctrees _build/jupyter_execute
 	@BOOK_PROFILE=$(PROFILE) $(BUILD_BOOK)
@@ -37,6 +38,7 @@ book: $(VENV)/.installed
 
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed
+	@$(BIN)/python tools/make_explorer.py quick
 	$(call step,building the site from the committed outputs)
 	@rm -rf _build/test
 	@BOOK_PROFILE=committed $(BUILD_BOOK) --path-output _build/test

@@ -2,6 +2,8 @@
 
 Their words stand in `saelib.claims`. Both were written before the runs.
 """
+import math
+
 from saelib.frontiers import interval
 
 
@@ -82,7 +84,7 @@ def largest_values(terms: list[str], same: dict[str, float], by_magnitude: dict[
 def exact_jacobian(mask: float, differences: float, straight_through: float, errors: dict[str, list[float]]):
     worse = [ste / exact for ste, exact in zip(errors["topk_ste"], errors["topk"])]
     return (f"autograd is off the mask by {mask:.0e}, off finite differences by {differences:.0e} (straight-through: {straight_through:.1f}), relative; "
-            "straight-through's normalized MSE is {:.2f} times TopK's [{:.2f}, {:.2f}]".format(*interval(worse)),
+            f"straight-through's normalized MSE is {min(worse):.2f} to {max(worse):.2f} times TopK's, over subjects and seeds",
             [mask < 1e-12, differences < 1e-6, straight_through > 0.1, min(worse) > 1])
 
 
@@ -129,3 +131,8 @@ def same_bits(different: dict[str, int], control: int, exact_zeros: float):
 
 def opposite_orders(margin: float, pair: str, definitions: str):
     return f"{pair}, {definitions}: the smaller of the two differences is {margin:.1%}", [margin > 0.01]
+
+
+def own_activations(excess: float, errors: list[float], all_errors: list[float]):
+    return (f"normalized MSE of TopK with growing k: {', '.join(f'{e:.3f}' for e in errors)}; L0 above k by {max(0.0, excess):g}",
+            [all(map(math.isfinite, all_errors)), excess <= 0, all(a > b for a, b in zip(errors, errors[1:]))])

@@ -234,7 +234,7 @@ def histograms(columns: dict[str, dict[str, Sequence[float]]], xlabel: str, *, n
                 bar.set_facecolor(SHADES[0] if left > -1e-9 else "#b4b4b4")
             silent = float((values <= 0).mean())
             axes.set(yscale="log", title=case if i == 0 else "", ylabel=moment if j == 0 else "", xlabel=xlabel if i == len(moments) - 1 else "")
-            axes.text(0.98, 0.92, f"{silent:.0%} zeros", transform=axes.transAxes, ha="right", va="top", fontsize=8)
+            axes.text(0.02, 0.94, f"{silent:.0%} zeros", transform=axes.transAxes, va="top", fontsize=8)
             picture.numbers.append(f"{case}, {moment}: {silent:.4f} at or below 0, mean of the others {values[values > 0].mean() if silent < 1 else 0:.4g}")
     if note:
         picture.supxlabel(note, fontsize=7, color="#555555")

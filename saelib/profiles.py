@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from saelib.methods import METHODS
 
 LRS = {  # chosen by tools/tune_lr.py, the same search for both methods; see the chapter "The frontier"
-    ("synthetic", "relu"): 3.2e-2, ("synthetic", "topk"): 8e-3,
+    ("synthetic", "relu"): 1.28e-1, ("synthetic", "topk"): 1.6e-2,
     ("pygpt", "relu"): 3.2e-2, ("pygpt", "topk"): 1.6e-2,
     ("minilm", "relu"): 1.6e-2, ("minilm", "topk"): 8e-3,
 }
@@ -26,21 +26,21 @@ PROFILES = {
                     l1_coefs=(0.05, 0.1, 0.2, 0.4), l2_coefs=(0.1, 0.5, 2.0, 8.0), smooth_coefs=(0.05, 0.1, 0.2)),
     },
     "at_zero": {
-        "quick": dict(n_seeds=1, source_tokens=20_000, n_tokens=50_000, batch_size=512, n_latents=256, l1_coef=0.1, subjects=("synthetic",)),
-        "laptop": dict(n_seeds=3, source_tokens=100_000, n_tokens=100_000, batch_size=512, n_latents=256, l1_coef=0.1, subjects=("synthetic", "pygpt")),
+        "quick": dict(n_seeds=1, source_tokens=20_000, n_tokens=40_000, batch_size=512, n_latents=256, l1_coef=0.1, subjects=("synthetic",)),
+        "laptop": dict(n_seeds=3, source_tokens=60_000, n_tokens=60_000, batch_size=512, n_latents=256, l1_coef=0.1, subjects=("synthetic", "pygpt")),
         "gpu": dict(n_seeds=3, source_tokens=1_000_000, n_tokens=1_000_000, batch_size=1024, n_latents=1024, l1_coef=0.1, subjects=("synthetic", "pygpt")),
     },
     "l1_costs": {  # l1_coefs are for an L0 near 32
-        "quick": dict(n_seeds=1, source_tokens=24_000, n_tokens=24_000, batch_size=512, n_latents=384, n_refined=512,
-                      l1_coefs={"pygpt": 0.08, "minilm": 0.05}, game_tokens=40_000, exact_coefs=(0.1, 0.2, 0.4), exact_steps=600),
-        "laptop": dict(n_seeds=3, source_tokens=300_000, n_tokens=80_000, batch_size=256, n_latents=512, n_refined=1024,
-                       l1_coefs={"pygpt": 0.08, "minilm": 0.05}, game_tokens=80_000, exact_coefs=(0.05, 0.1, 0.2, 0.4), exact_steps=1000),
+        "quick": dict(n_seeds=1, source_tokens=24_000, n_tokens=24_000, batch_size=512, n_latents=256, n_refined=512,
+                      l1_coefs={"pygpt": 0.04, "minilm": 0.05}, game_tokens=60_000, exact_coefs=(0.1, 0.4), exact_steps=500),
+        "laptop": dict(n_seeds=3, source_tokens=300_000, n_tokens=60_000, batch_size=256, n_latents=384, n_refined=512,
+                       l1_coefs={"pygpt": 0.04, "minilm": 0.05}, game_tokens=200_000, exact_coefs=(0.05, 0.1, 0.2, 0.4), exact_steps=1000),
         "gpu": dict(n_seeds=5, source_tokens=3_000_000, n_tokens=5_000_000, batch_size=1024, n_latents=4096, n_refined=4096,
-                    l1_coefs={"pygpt": 0.06, "minilm": 0.04}, game_tokens=1_000_000, exact_coefs=(0.05, 0.1, 0.2, 0.4), exact_steps=5000),
+                    l1_coefs={"pygpt": 0.03, "minilm": 0.04}, game_tokens=1_000_000, exact_coefs=(0.05, 0.1, 0.2, 0.4), exact_steps=5000),
     },
     "topk_learns": {
-        "quick": dict(n_seeds=1, source_tokens=40_000, n_tokens=50_000, batch_size=512, n_latents=256, k=8, l1_coef=0.1, n_checkpoints=10, subjects=("synthetic", "pygpt")),
-        "laptop": dict(n_seeds=3, source_tokens=300_000, n_tokens=100_000, batch_size=512, n_latents=512, k=32, l1_coef=0.08, n_checkpoints=20, subjects=("pygpt", "minilm")),
+        "quick": dict(n_seeds=1, source_tokens=24_000, n_tokens=24_000, batch_size=256, n_latents=256, k=8, l1_coef=0.1, n_checkpoints=10, subjects=("synthetic", "pygpt")),
+        "laptop": dict(n_seeds=3, source_tokens=300_000, n_tokens=60_000, batch_size=256, n_latents=384, k=32, l1_coef=0.05, n_checkpoints=20, subjects=("pygpt", "minilm")),
         "gpu": dict(n_seeds=5, source_tokens=3_000_000, n_tokens=5_000_000, batch_size=1024, n_latents=4096, k=32, l1_coef=0.06, n_checkpoints=50, subjects=("pygpt", "minilm")),
     },
     "setting_l0": {
@@ -54,9 +54,9 @@ PROFILES = {
                       n_latents={"gpt2": (2048, 32768)}),
     },
     "ground_truth": {
-        "quick": dict(n_seeds=1, source_tokens=40_000, n_tokens=80_000, batch_size=512, ks=(4, 8, 32), l1_coefs=(0.05, 0.2, 0.5)),
-        "laptop": dict(n_seeds=3, source_tokens=200_000, n_tokens=600_000, batch_size=1024, ks=(2, 4, 8, 16, 32), l1_coefs=(0.05, 0.1, 0.2, 0.35, 0.5)),
-        "gpu": dict(n_seeds=5, source_tokens=2_000_000, n_tokens=20_000_000, batch_size=1024, ks=(2, 4, 8, 16, 32), l1_coefs=(0.05, 0.1, 0.2, 0.35, 0.5)),
+        "quick": dict(n_seeds=1, source_tokens=40_000, n_tokens=80_000, batch_size=512, ks=(4, 8, 32), l1_coefs=(0.08, 0.2, 0.5)),
+        "laptop": dict(n_seeds=3, source_tokens=200_000, n_tokens=600_000, batch_size=1024, ks=(2, 4, 8, 16, 32), l1_coefs=(0.03, 0.08, 0.15, 0.3, 0.5)),
+        "gpu": dict(n_seeds=5, source_tokens=2_000_000, n_tokens=20_000_000, batch_size=1024, ks=(2, 4, 8, 16, 32), l1_coefs=(0.03, 0.08, 0.15, 0.3, 0.5)),
     },
     "which_mse": {
         "quick": dict(subject="pygpt", n_latents=512, source_tokens=24_000, n_tokens=24_000, batch_size=512, ks=(8, 32), l1_coefs=(0.05, 0.15)),
@@ -71,7 +71,7 @@ PROFILES = {
         "laptop": dict(n_seeds=3, source_tokens=300_000, n_tokens=300_000, batch_size=1024,
                        n_latents={"synthetic": (256,), "pygpt": (256, 512, 1024), "minilm": (1536,)},
                        ks={"synthetic": (4, 8, 16), "pygpt": (16, 32, 64), "minilm": (16, 32, 64)},
-                       l1_coefs={"synthetic": (0.08, 0.15, 0.3, 0.6), "pygpt": (0.025, 0.045, 0.08, 0.13), "minilm": (0.025, 0.045, 0.075, 0.115)}),
+                       l1_coefs={"synthetic": (0.08, 0.15, 0.3, 0.5), "pygpt": (0.025, 0.045, 0.08, 0.15), "minilm": (0.025, 0.045, 0.075, 0.115)}),
         "gpu": dict(n_seeds=3, source_tokens=3_000_000, n_tokens=20_000_000, batch_size=4096,
                     n_latents={"synthetic": (256,), "pygpt": (1024, 4096, 16384), "minilm": (1536, 6144)},
                     ks={"synthetic": (4, 8, 16), "pygpt": METHODS["topk"].grid, "minilm": METHODS["topk"].grid},
@@ -79,11 +79,17 @@ PROFILES = {
         "paper": dict(n_seeds=3, source_tokens=100_000_000, n_tokens=1_000_000_000, batch_size=131_072, n_latents={"gpt2": (2048, 8192, 32768, 131072)},
                       ks={"gpt2": (32, 64, 128, 256)}, l1_coefs={"gpt2": METHODS["relu"].grid}),
     },
+    "try_your_own": {
+        "quick": dict(source_tokens=20_000, n_tokens=20_000, batch_size=256, n_latents=120, ks=(4, 8, 16), l1_coefs=(0.05, 0.1, 0.2)),
+        "laptop": dict(source_tokens=300_000, n_tokens=300_000, batch_size=1024, n_latents=1024, ks=(16, 32, 64), l1_coefs=(0.025, 0.045, 0.08, 0.13)),
+        "gpu": dict(source_tokens=3_000_000, n_tokens=20_000_000, batch_size=4096, n_latents=8192, ks=(16, 32, 64), l1_coefs=(0.02, 0.04, 0.08)),
+        "paper": dict(source_tokens=100_000_000, n_tokens=1_000_000_000, batch_size=131_072, n_latents=32768, ks=(32, 64), l1_coefs=(0.02, 0.04, 0.08)),
+    },
     "explorer": {  # tools/make_explorer.py: ReLU starts from this l1_coef, and moves it until L0 is near k
-        "quick": dict(source_tokens=60_000, n_tokens=150_000, batch_size=512, n_latents=512, k=32, l1_coef=0.08, text_tokens=32_768, n_contexts=6),
-        "laptop": dict(source_tokens=300_000, n_tokens=600_000, batch_size=512, n_latents=1024, k=32, l1_coef=0.08, text_tokens=65_536, n_contexts=8),
-        "gpu": dict(source_tokens=3_000_000, n_tokens=20_000_000, batch_size=4096, n_latents=2048, k=32, l1_coef=0.08, text_tokens=131_072, n_contexts=8),
-        "paper": dict(source_tokens=3_000_000, n_tokens=20_000_000, batch_size=4096, n_latents=2048, k=32, l1_coef=0.08, text_tokens=131_072, n_contexts=8),
+        "quick": dict(source_tokens=60_000, n_tokens=150_000, batch_size=512, n_latents=512, k=32, l1_coef=0.05, text_tokens=32_768, n_contexts=6),
+        "laptop": dict(source_tokens=300_000, n_tokens=600_000, batch_size=512, n_latents=1024, k=32, l1_coef=0.05, text_tokens=65_536, n_contexts=8),
+        "gpu": dict(source_tokens=3_000_000, n_tokens=20_000_000, batch_size=4096, n_latents=2048, k=32, l1_coef=0.05, text_tokens=131_072, n_contexts=8),
+        "paper": dict(source_tokens=3_000_000, n_tokens=20_000_000, batch_size=4096, n_latents=2048, k=32, l1_coef=0.05, text_tokens=131_072, n_contexts=8),
     },
 }
 

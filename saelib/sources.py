@@ -6,15 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 UNIT_NORM = "unit_norm"
+FILE_TYPES = (".npy", ".safetensors")
 SHARD_ROWS = 2**17
 SAMPLE_ROWS = 2**13
+DICTIONARY_SEED = 20_240_606  # far from the seeds of SAEs: with an SAE's own seed its first rows would BE the dictionary
 
 
 def normalise(x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_model"]:
@@ -120,6 +123,16 @@ def from_tensor(x: Tensor, name: str = "tensor", held_out_fraction: float = 0.1)
     return Source(name, [x[:-n_held_out]], x[-n_held_out:])
 
 
+def from_file(path: Path, n_tokens: int) -> Source:
+    """A source from a `.npy` or `.safetensors` file with one [n_tokens, d_model] array; rows are normalised here."""
+    if path.suffix == ".npy":
+        x = torch.from_numpy(numpy.load(path, mmap_mode="c"))
+    else:
+        x = next(iter(load_file(path).values()))
+    source = from_tensor(normalise(x.float()) if x.dim() == 2 else x, path.name)
+    return Source(path.name, [source.shards[0][:n_tokens]], source.held_out, UNIT_NORM)
+
+
 def synthetic(n_tokens: int, *, d_model: int = 64, n_features: int = 256, l0: float = 8.0, exponent: float = 0.7,
               noise: float = 0.01, seed: int = 0) -> Source:
     """Activations made from a dictionary that we know.
@@ -143,7 +156,7 @@ def synthetic(n_tokens: int, *, d_model: int = 64, n_features: int = 256, l0: fl
 
     Ours, because only a known dictionary tells recovery from reconstruction.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(DICTIONARY_SEED + seed)
     features = normalise(torch.randn(n_features, d_model, generator=generator))
     probability = torch.arange(1, n_features + 1).float().pow(-exponent)
     probability *= l0 / probability.sum()

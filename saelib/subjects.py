@@ -143,7 +143,8 @@ def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: 
     """A source by name: `synthetic`, or the residual stream of a language model, harvested once and then cached.
 
     Args:
-        subject: "synthetic", "pygpt", "minilm", or any Hugging Face model by hub name or local folder.
+        subject: "synthetic", "pygpt", "minilm", any Hugging Face model by hub name or local folder, or a `.npy` or
+            `.safetensors` file of activations.
         n_tokens: training tokens wanted; a short text gives fewer. A tenth as many more, 16,384 at least, are held out.
         text: what a model reads: "python", "english", a local file or folder, or a data set of the hub. The built-in
             subjects have one of their own.
@@ -159,6 +160,8 @@ def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: 
         raise ValueError(f"n_tokens is {n_tokens!r}: it must be 1 or more")
     if subject == "synthetic":
         return sources.synthetic(n_tokens)
+    if Path(subject).suffix in sources.FILE_TYPES:
+        return sources.from_file(Path(subject), n_tokens)
     text = text or TEXT_OF.get(subject)
     if text is None:
         raise ValueError(f"text is None: subject {subject!r} needs 'python', 'english', a local file or folder, or a data set's name")

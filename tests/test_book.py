@@ -124,6 +124,13 @@ def test_a_page_shows_the_run_and_where_it_comes_from(book):
     assert page.index("<h1>") < page.index("provenance") < page.index("shown form")
 
 
+def test_a_page_says_how_long_it_takes_and_offers_the_notebook(book):
+    book.build()
+    line = re.search(r'class="chapter-line.*?</div>', book.page("notebooks/01_toy"), re.DOTALL)[0]
+    for fact in ("min to read", "ran in 75 s at", "01_toy.ipynb"):
+        assert fact in line
+
+
 def test_the_injected_parameters_are_not_shown(book):
     book.build()
     assert "&quot;laptop&quot;" not in book.page("notebooks/01_toy")
@@ -193,6 +200,36 @@ def test_a_verdict_outside_the_three_fails_the_build(book):
     executed.cells[3].outputs[0].data["application/vnd.saelib.verdict+json"] = {**VERDICT, "verdict": "perhaps"}
     nbformat.write(executed, book.run)
     assert "'perhaps' is no verdict" in book.build()
+
+
+ROW = {"subject": "toy", "method": "topk", "sparsity": 4, "n_latents": 8, "seed": 0, "n_tokens": 9, "l0": 4.0, "normalized_mse": 0.5, "device": "cpu"}
+
+
+def show_frontier(book, rows):
+    """The small book with a frontier in its notebook, asked for on its front page."""
+    executed = executed_notebook()
+    data = {"text/plain": "TopK, x 4: 0.5", "image/svg+xml": '<svg xmlns="http://www.w3.org/2000/svg"></svg>'}
+    executed.cells[3].outputs.append(new_output("display_data", data | ({"application/vnd.saelib.rows+json": rows} if rows else {})))
+    executed.cells[3].metadata["mystnb"] = {"figure": {"name": "fig-toy", "caption": "Toy."}, "image": {"alt": "A toy frontier"}}
+    nbformat.write(executed, book.run)
+    (book.folder / "conf.py").write_text(CONF.replace('"scoreboard"]', '"scoreboard", "frontier"]'))
+    (book.folder / "index.md").write_text(FRONT_PAGE + "\n```{frontier} 01_toy\n```\n")
+
+
+def test_a_frontier_brings_its_picture_and_its_rows(book):
+    show_frontier(book, [ROW])
+    assert book.build() == ""
+    assert 'src="_static/frontier/01_toy.svg" alt="A toy frontier" data-frontier="fig-toy"' in book.page("index")
+    assert "frontier/01_toy.js" in book.page("index") and "frontier/01_toy.js" in book.page("notebooks/01_toy")
+    text = (book.folder / "_build/html/_static/frontier/01_toy.js").read_text()
+    data = json.loads(text.removeprefix("saelibFrontier(").removesuffix(");\n"))
+    assert data["figures"] == {"fig-toy": [ROW]}
+    assert data["methods"]["topk"]["label"] == "TopK" and data["methods"]["topk"]["knob"] == "k"
+
+
+def test_a_frontier_without_rows_fails_the_build(book):
+    show_frontier(book, [])
+    assert "shows no frontier with its rows" in book.build()
 
 
 @pytest.mark.parametrize(

@@ -31,3 +31,21 @@ def luminance(color):
 @pytest.mark.parametrize("key", ["relu", "topk", "batchtopk", "jumprelu", "prolu", "spare"])
 def test_colours_stand_out_on_white(key):
     assert 1.05 / (luminance(plots.LOOK[key][0]) + 0.05) >= 3
+
+
+def test_curves_list_what_was_measured_and_keep_a_labels_colour_in_every_panel():
+    lines = {"a": ([0, 1], [0.0, 1.0]), "b": ([0, 1], [0.0, 1.0])}
+    picture = plots.curves({"p": lines, "q": {"b": lines["b"]}}, "x", ("y", ""), dots={"q": {"b": ([0.5], [0.25])}})
+    assert "q: b, measured: (0.5, 0.25)" in picture.numbers
+    assert picture.axes[0].lines[1].get_color() == picture.axes[1].lines[0].get_color()
+
+
+def test_labels_at_the_same_height_are_moved_apart_and_stay_beside_the_panel():
+    picture = plots.curves({"p": {f"line {i}": ([0, 1], [0.0, 1.0]) for i in range(6)}}, "x", ("y",))
+    heights = sorted(label.xy[1] for label in picture.axes[0].texts)
+    assert all(b - a > 0.06 for a, b in zip(heights, heights[1:])) and heights[-1] <= 1
+
+
+def test_a_histogram_counts_what_is_at_or_below_zero():
+    picture = plots.histograms({"case": {"then": [-0.1, 0.0, 0.2, 0.4]}}, "x")
+    assert picture.numbers == ["case, then: 0.5000 at or below 0, mean of the others 0.3"]

@@ -128,7 +128,7 @@ def test_axe_finds_no_serious_violation(page, axe, name, theme):
     assert page.get_attribute("html", "data-theme") == theme
     for viewport in (WIDE, NARROW):
         page.set_viewport_size(viewport)
-        page.wait_for_timeout(200)  # what the new width moves has settled
+        page.wait_for_timeout(500)  # what the new width moves has settled: the theme waits 300 ms
         violations = axe.run(page).response["violations"]
         serious = [
             f"{violation['id']}: {node['html'][:200]}"
@@ -171,3 +171,121 @@ def test_the_keyboard_reaches_the_links_and_shows_where_it_is(page):
         reached.append(focused)
     assert "A" in {focused["tag"] for focused in reached}
     assert [focused["html"] for focused in reached if not focused["ring"]] == []
+
+
+# The latent explorer
+
+needs_explorer = pytest.mark.skipif(not (SITE / "book" / "explorer.html").exists(), reason="this site has no explorer")
+
+
+def open_explorer(page, address="", **options):
+    open_page(page, f"book/explorer.html{address}", **options)
+    page.wait_for_selector("#latent-explorer[data-ready]")
+    return page.locator("#latent-explorer")
+
+
+@needs_explorer
+def test_the_explorer_opens_from_the_folder_with_a_latent_and_a_program(page):
+    explorer = open_explorer(page)
+    assert explorer.locator(".contexts li").count() > 0
+    assert explorer.locator(".program").count() == 2
+    assert (page.errors, page.outside) == ([], [])
+
+
+@needs_explorer
+def test_the_explorer_finds_the_latents_that_fire_on_a_token(page):
+    explorer = open_explorer(page)
+    explorer.locator("#explorer-search").fill("def")
+    assert "fire on" in explorer.locator("[role=status]").first.text_content()
+    assert 0 < explorer.locator(".list li").count() < 500
+    explorer.locator("#explorer-search").press("Enter")
+    page.wait_for_selector(".facts .tok:has-text('def')")
+
+
+@needs_explorer
+def test_a_link_to_a_latent_opens_it_and_its_twin_is_a_click_away(page):
+    explorer = open_explorer(page, "#relu-3")
+    assert explorer.locator("#explorer-latent").text_content() == "ReLU + L1, latent 3"
+    explorer.locator(".card-box .note a").first.click()
+    page.wait_for_function("document.getElementById('explorer-latent').textContent.startsWith('TopK')")
+    assert page.evaluate("location.hash").startswith("#topk-")
+
+
+@needs_explorer
+def test_the_explorer_goes_by_keyboard(page):
+    explorer = open_explorer(page)
+    explorer.locator(".list a[tabindex='0']").focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    wanted = page.evaluate("document.activeElement.getAttribute('href')")
+    page.wait_for_function("hash => document.querySelector('[aria-current]')?.hash === hash", arg=wanted)
+    explorer.locator(".program [data-at][tabindex='0']").first.focus()
+    page.keyboard.press("ArrowRight")
+    assert "number 2" in explorer.locator("h3", has_text="Token").text_content()
+
+
+@needs_explorer
+def test_relu_misses_more_scale_than_topk(page):
+    explorer = open_explorer(page)
+    topk, relu = (float(text.removeprefix("× ")) for text in explorer.locator(".program .name strong:nth-of-type(2)").all_text_contents())
+    assert relu > topk
+
+
+@needs_explorer
+def test_without_javascript_the_explorer_says_what_it_would_show(browser):
+    page = browser.new_page(java_script_enabled=False)
+    page.goto(f"{SITE.as_uri()}/book/explorer.html")
+    assert page.locator("noscript").count() or "draws its latents with JavaScript" in page.content()
+    assert page.locator(".explorer-summary tbody tr").count() == 2
+    page.close()
+
+
+# The interactive frontier
+
+WITH_FRONTIER = [name for name in PAGES if "frontier.js" in (SITE / name).read_text("utf8")]
+
+
+@pytest.mark.parametrize("name", WITH_FRONTIER)
+def test_a_frontier_reads_its_runs_by_pointer_and_by_keyboard(page, name):
+    open_page(page, name)
+    live = page.locator(".frontier-live").first
+    live.locator("select").first.select_option(index=0)
+    point = live.locator(".point").first
+    point.hover(force=True)
+    assert "normalized MSE" in live.locator(".readout").text_content()
+    point.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert live.locator("tr.chosen").count() == 1
+    assert live.locator("details").get_attribute("open") is not None
+    assert page.errors == []
+
+
+@pytest.mark.parametrize("name", WITH_FRONTIER)
+def test_a_frontier_is_a_static_picture_without_javascript_and_in_print(page, browser, name):
+    plain = browser.new_page(java_script_enabled=False)
+    plain.goto(f"{SITE.as_uri()}/{name}")
+    assert plain.locator(".frontier-live").count() == 0
+    plain.close()
+    open_page(page, name)
+    page.wait_for_selector(".frontier-live")
+    page.emulate_media(media="print")
+    assert not page.locator(".frontier-live").first.is_visible()
+    assert page.locator("[data-frontier-hidden]").first.is_visible()
+
+
+# The scoreboard's filter
+
+WITH_SCOREBOARD = [name for name in PAGES if 'class="scoreboard' in (SITE / name).read_text("utf8")]
+
+
+@pytest.mark.parametrize("name", WITH_SCOREBOARD)
+def test_the_scoreboard_can_be_filtered_by_words(page, name):
+    open_page(page, name)
+    rows = page.locator("table.scoreboard tbody tr")
+    n_rows = rows.count()
+    page.locator(".scoreboard-filter input[type=search]").first.fill("no such words anywhere")
+    assert rows.locator("visible=true").count() == 0
+    page.locator(".scoreboard-filter input[type=search]").first.fill("")
+    shown = sum(int(text.split("(")[1].rstrip(")")) for text in page.locator(".scoreboard-filter label:has(input[type=radio])").all_text_contents()[1:])
+    assert shown == n_rows == rows.locator("visible=true").count()

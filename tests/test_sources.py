@@ -1,7 +1,9 @@
 import json
 
+import numpy
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import saelib
 from saelib import sources
@@ -113,3 +115,18 @@ def test_the_index_names_what_determined_the_activations(tmp_path, monkeypatch):
     monkeypatch.setenv("SAELIB_CACHE", str(tmp_path))
     sources.cached({"subject": "s", "layer": 3}, iter([torch.zeros(5, 2)]), "s-train")
     assert json.loads(next(tmp_path.rglob("index.json")).read_text())["key"] == {"subject": "s", "layer": 3}
+
+
+@pytest.mark.parametrize("suffix", sources.FILE_TYPES)
+def test_a_file_of_activations_is_a_subject(tmp_path, suffix):
+    x, path = torch.randn(200, 6) * 3, tmp_path / f"acts{suffix}"
+    numpy.save(path, x.numpy()) if suffix == ".npy" else save_file({"x": x}, path)
+    source = saelib.open_source(str(path), 150)
+    torch.testing.assert_close(torch.cat([*source.shards, source.held_out[:0]]), sources.normalise(x)[:150])
+    torch.testing.assert_close(source.held_out, sources.normalise(x)[180:])
+
+
+def test_an_sae_does_not_start_at_the_dictionary_that_it_is_to_find():
+    for seed in range(5):
+        truth, rows = sources.synthetic(10, seed=seed).truth, saelib.SAE(64, 256, "topk", 8, seed=seed).W_dec
+        assert (truth @ rows.t()).abs().max() < 0.7  # of 65,536 pairs of random directions in 64 dimensions

@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -39,3 +41,14 @@ def test_what_a_notebook_keeps_is_text_a_box_and_data():
 @pytest.mark.parametrize("claim", claims.CLAIMS.values(), ids=list(claims.CLAIMS))
 def test_every_claim_says_its_words_section_criterion_and_the_papers_figure(claim):
     assert all(len(text) > 2 for text in (claim.claim, claim.section, claim.criterion, claim.paper))
+
+
+PART_A = [*(f"A1.{i}" for i in range(1, 8)), *(f"A2.{i}" for i in range(1, 7)), *(f"A3.{i}" for i in range(1, 5))]
+
+
+def test_every_claim_is_judged_by_exactly_one_notebook_and_part_a_is_whole():
+    judged = []
+    for path in (Path(__file__).parents[1] / "notebooks").glob("*.ipynb"):
+        code = "\n".join("".join(c["source"]) for c in json.loads(path.read_text("utf8"))["cells"] if c["cell_type"] == "code")
+        judged += re.findall(r'verdicts\.judge\(\s*"([\w.]+)"', code)
+    assert sorted(judged) == sorted(claims.CLAIMS) and set(PART_A) <= set(judged)

@@ -12,10 +12,10 @@ from pathlib import Path
 from saelib import RunConfig, frontiers, sweep
 
 STORE = Path(__file__).parents[1] / "book" / "results" / "lr.jsonl"
-GRID = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+GRID = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1, 2.56e-1)
 # subject: n_latents, tokens, the L0 to compare at, L1 coefficients around it
 SUBJECTS = {
-    "synthetic": (256, 300_000, 8, (0.3, 0.5, 0.8)),
+    "synthetic": (256, 300_000, 8, (0.2, 0.3, 0.5, 0.8)),
     "pygpt": (1024, 300_000, 32, (0.03, 0.06, 0.1, 0.15, 0.22)),
     "minilm": (1536, 300_000, 32, (0.03, 0.06, 0.1, 0.15, 0.22)),
 }

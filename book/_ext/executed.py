@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 from tools.run import code_cells, code_hash, duration, run_record  # noqa: E402
 
 logger = logging.getLogger(__name__)
+WORDS_A_MINUTE = 180  # prose, equations and code together
 
 
 def executed_path(app, docname):
@@ -87,6 +88,14 @@ def provenance_box(record):
     return "\n".join([":::{container} provenance", " ".join(filter(None, sentences)), ":::"])
 
 
+def chapter_line(notebook, record, name):
+    """One line on what a chapter costs, in reading and in running, with the notebook to take away."""
+    words = sum(len(cell.source.split()) for cell in notebook.cells)
+    ran = f"ran in {duration(record['seconds'])} at `{record['profile']}`" if "seconds" in record else ""
+    parts = [f"{max(1, round(words / WORDS_A_MINUTE))} min to read", ran, f"{{download}}`this notebook <{name}>`"]
+    return "\n".join([":::{container} chapter-line", " · ".join(filter(None, parts)), ":::"])
+
+
 def insert_below_title(notebook, box):
     """Put the box right below the page's title."""
     first = notebook.cells[0]
@@ -109,7 +118,9 @@ def show_executed_copy(app, docname, content):
     if executed is None:
         return
     with_outputs(source, executed)
-    insert_below_title(source, provenance_box(run_record(executed)))
+    record = run_record(executed)
+    line = chapter_line(source, record, f"{Path(docname).name}.ipynb")
+    insert_below_title(source, f"{line}\n\n{provenance_box(record)}")
     content[0] = nbformat.writes(source)
 
 

@@ -51,12 +51,13 @@ def methods_of(figures):
     """Label, knob and colour of each method in the rows."""
     from saelib import METHODS, plots
 
-    keys = {row["method"] for figure in figures for row in figure["rows"]}
-    return {
-        key: {"label": METHODS[key].label, "knob": METHODS[key].knob, "color": plots.LOOK.get(key, plots.LOOK["spare"])[0],
-              "marker": plots.LOOK.get(key, plots.LOOK["spare"])[1]}
-        for key in METHODS if key in keys
-    }
+    keys = dict.fromkeys(row["method"] for figure in figures for row in figure["rows"])
+    ordered = [key for key in METHODS if key in keys] + [key for key in keys if key not in METHODS]
+    table = {}
+    for key in ordered:  # a chapter may show a method of its own, which only its kernel knew
+        known, (color, marker) = METHODS.get(key), plots.LOOK.get(key, plots.LOOK["spare"])
+        table[key] = {"label": known.label if known else key, "knob": known.knob if known else "sparsity", "color": color, "marker": marker}
+    return table
 
 
 class Frontier(SphinxDirective):
@@ -97,8 +98,9 @@ def notebook_of(app, pagename):
     named = app.env.metadata.get(pagename, {}).get("frontier")
     if named:
         return named
-    if pagename in app.env.found_docs and Path(app.env.doc2path(pagename)).suffix == ".ipynb" and read_frontiers(app, pagename):
-        return Path(pagename).name
+    if pagename in app.env.found_docs and Path(app.env.doc2path(pagename)).suffix == ".ipynb":
+        named = any(figure["name"] for figure in read_frontiers(app, pagename))
+        return Path(pagename).name if named else None
     return None
 
 

@@ -91,7 +91,7 @@ class Scoreboard(SphinxDirective):
         rows = verdicts(self.env.app)
         for complaint in complaints(rows):
             logger.warning("scoreboard: %s", complaint, location=self.get_location(), type="scoreboard")
-        return [self.table(rows)]
+        return [self.table(rows)]  # _static/scoreboard.js adds a filter
 
     def table(self, rows):
         group = nodes.tgroup(cols=len(COLUMNS))
@@ -185,6 +185,11 @@ def pages_with_scoreboard(app, env, added, changed, removed):
     return [name for name, about in env.metadata.items() if about.get("scoreboard")]
 
 
+def add_assets(app, pagename, templatename, context, doctree):
+    if app.env.metadata.get(pagename, {}).get("scoreboard") and Path(app.srcdir, "book/_static/scoreboard.js").exists():
+        app.add_js_file("scoreboard.js", loading_method="defer")
+
+
 def write_json(app, exception):
     if exception is None and app.builder.format == "html":
         rows = json.dumps(verdicts(app), indent=1, ensure_ascii=False)
@@ -198,5 +203,6 @@ def setup(app):
     skip = (no_markup, no_markup)
     app.add_node(recorded_number, html=(open_number, close_number), latex=skip, text=skip)
     app.connect("env-get-outdated", pages_with_scoreboard)
+    app.connect("html-page-context", add_assets)
     app.connect("build-finished", write_json)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

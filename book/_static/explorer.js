@@ -53,7 +53,7 @@
   const thousandths = (value) => (value / 1000).toFixed(3);
   const other = (key) => Object.keys(index.saes).find((name) => name !== key);
   const label = (key) => index.about.saes[key].label;
-  const tint = (share) => share > 0 ? `rgba(var(--explorer-tint), ${(0.08 + 0.47 * Math.min(1, share)).toFixed(3)})` : "transparent";
+  const tint = (share) => share > 0 ? `rgba(var(--explorer-tint), calc(var(--explorer-strength) * ${(0.05 + 0.95 * Math.min(1, share)).toFixed(3)}))` : "transparent";
 
   /* A token in running text: line breaks are drawn, and break the line. */
   function inText(id, share, title, extra = {}) {
@@ -69,7 +69,7 @@
   // State
 
   let index = null;
-  const state = { sae: "topk", latent: 0, sort: "frequency", descending: true, query: "", where: "fires_on", shown: 100, twin: false, order: [] };
+  const state = { sae: "topk", latent: 0, sort: "frequency", descending: true, query: "", where: "fires_on", shown: 100, twin: true, order: [] };
   const parts = {};
 
   const readHash = () => {
@@ -184,13 +184,14 @@
   function contextItem(context, text, largest, key, twin) {
     const [window, start, peak, end, own, twins] = context;
     const ids = text[window];
-    const item = make("li", {}, make("p", { class: `text ${key}` }, ...contextLine(ids, start, end, peak, own, largest)));
+    const item = make("li", {}, make("p", { class: `text ${key}` }, who(key, state.latent), ...contextLine(ids, start, end, peak, own, largest)));
     if (state.twin) {
-      item.append(make("p", { class: `text twin ${other(key)}` }, make("span", { class: "visually-hidden" }, `${label(other(key))} latent ${twin}: `),
-        ...contextLine(ids, start, end, peak, twins, largest)));
+      item.append(make("p", { class: `text twin ${other(key)}` }, who(other(key), twin), ...contextLine(ids, start, end, peak, twins, largest)));
     }
     return item;
   }
+
+  const who = (key, i) => make("span", { class: "who" }, state.twin ? `${label(key)} ${i}` : "");
 
   const fact = (name, value) => make("li", {}, `${name} `, make("strong", {}, value));
   const latentLink = (key, i) => make("a", { href: `#${key}-${i}` }, `${label(key)} ${i}`);
@@ -214,7 +215,7 @@
       make("ul", { class: "facts" }, fact("fires on", `${percent(sae.frequency[i])} of tokens`), fact("largest activation", thousandths(sae.max[i])), sae.fires_on[i].length ? shares : ""),
       nearest, ...histogram(latent.histogram, sae.max[i]),
       make("h4", {}, "Top contexts"),
-      make("label", { class: "twin-choice" }, twinBox, ` the same text under the nearest latent of ${label(other(key))}`), list,
+      make("label", { class: "twin-choice" }, twinBox, ` with the same text under the nearest latent of ${label(other(key))}`), list,
       make("h4", {}, "Next tokens, by the direct path"),
       make("div", { class: "pair" },
         make("div", {}, make("p", { class: "note" }, "raised (change of the logit)"), nextTokens(latent.raises, widest)),
@@ -313,7 +314,7 @@
   // Programs
 
   const MEASURES = {
-    factor: { name: "missing scale", show: (v) => `× ${(v / 1000).toFixed(2)}`, share: (v) => (v - 1000) / 600, scale: ["× 1.0", "× 1.6"] },
+    factor: { name: "missing scale", show: (v) => `× ${(v / 1000).toFixed(2)}`, share: (v) => (v - 1000) / 300, scale: ["× 1.0", "× 1.3"] },
     size: { name: "size", show: (v) => (v / 1000).toFixed(2), share: (v) => (1000 - v) / 600, scale: ["1.0", "0.4"] },
     error: { name: "error", show: (v) => (v / 1000).toFixed(2), share: (v) => v / 800, scale: ["0", "0.8"] },
     l0: { name: "active latents", show: String, share: (v) => v / 64, scale: ["0", "64"] },
@@ -411,6 +412,14 @@
 
   // Start
 
+  /* A latent to begin with: common enough, on a word, and with the nearest twin. */
+  function showpiece() {
+    const sae = index.saes.topk;
+    const common = state.order.filter((i) => sae.frequency[i] > 2000 && sae.frequency[i] < 30000
+      && sae.fires_on[i][1] >= 50 && /[a-z]{3}/.test(index.tokens[sae.fires_on[i][0]]));
+    return (common.length ? common : state.order).reduce((best, i) => sae.cosine[i] > sae.cosine[best] ? i : best);
+  }
+
   async function start() {
     try {
       index = await load("index");
@@ -421,7 +430,7 @@
     place.append(...drawLatents(), ...drawPrograms());
     arrange();
     const wanted = readHash();
-    const chosen = wanted || { sae: "topk", latent: state.order.find((i) => index.saes.topk.frequency[i] < 30000) ?? state.order[0] };
+    const chosen = wanted || { sae: "topk", latent: showpiece() };
     state.sae = "";
     const drawn = choose(chosen.sae, chosen.latent, { fromHash: true });
     window.addEventListener("hashchange", () => {

@@ -3,7 +3,9 @@
 (function () {
   "use strict";
 
-  const SIZE = { width: 620, height: 380, left: 62, right: 104, top: 14, bottom: 48 };
+  const WIDE = { width: 620, height: 380, left: 62, right: 104, top: 14, bottom: 48 };
+  const NARROW = { width: 350, height: 320, left: 52, right: 74, top: 12, bottom: 48 };
+  const isNarrow = window.matchMedia("(max-width: 600px)");
   const FIELDS = {
     subject: "subject", method: "method", sparsity: "k or λ", n_latents: "latents n", seed: "seed", n_tokens: "training tokens",
     l0: "L0", normalized_mse: "normalized MSE", device: "device",
@@ -69,6 +71,8 @@
       this.chart = make("div");
       this.readout = make("p", { class: "readout", role: "status" });
       this.table = make("div", { class: "rows", tabindex: "0", role: "group", "aria-label": "The runs in this figure" });
+      this.size = isNarrow.matches ? NARROW : WIDE;
+      isNarrow.addEventListener("change", () => { this.size = isNarrow.matches ? NARROW : WIDE; this.draw(); });
       this.details = make("details", {}, make("summary", {}, "The runs in this figure"), this.table);
       this.controls = make("div", { class: "controls" });
       this.element = make("div", { class: "frontier-live" }, this.controls, this.chart, this.readout, this.details);
@@ -98,7 +102,7 @@
       const sizes = this.sizes();
       if (!sizes.includes(this.n)) this.n = sizes[sizes.length - 1];
       const change = (assign) => (value) => { assign(value); this.chosen = null; this.drawControls(); this.draw(); };
-      const subject = this.select("Subject", unique(this.rows.map((row) => row.subject)), this.subject, change((value) => { this.subject = value; }));
+      const subject = this.select("Subject", unique(this.rows.map((row) => row.subject)), this.subject, change((value) => { this.subject = value; this.n = null; }));
       const controls = [subject];
       if (sizes.length > 1) controls.push(this.select("Latents n", sizes, this.n, change((value) => { this.n = Number(value); })));
       controls.push(make("button", { type: "button", onclick: () => this.flip() }, this.flipped ? "Interactive figure" : "Static figure"));
@@ -116,26 +120,46 @@
     }
 
     describe(row) {
-      const method = this.methods[row.method], knob = method.knob === "k" ? "k" : "λ";
+      const method = this.methods[row.method], knob = { k: "k", l1_coef: "λ" }[method.knob] || method.knob;
       return `${method.label}, ${knob} = ${row.sparsity}: L0 ${row.l0.toFixed(1)}, normalized MSE ${row.normalized_mse.toFixed(4)}. `
         + `${row.subject}, n = ${row.n_latents.toLocaleString("en")}, seed ${row.seed}, ${row.n_tokens.toLocaleString("en")} training tokens, ${row.device}.`;
     }
 
     draw() {
-      const rows = this.shown().sort((a, b) => a.method.localeCompare(b.method) || a.l0 - b.l0);
-      this.x = scale(rows.map((row) => row.l0), SIZE.left, SIZE.width - SIZE.right);
-      this.y = scale(rows.map((row) => row.normalized_mse), SIZE.height - SIZE.bottom, SIZE.top);
+      const order = Object.keys(this.methods);
+      const rows = this.shown().sort((a, b) => order.indexOf(a.method) - order.indexOf(b.method) || a.sparsity - b.sparsity || a.seed - b.seed);
+      this.x = scale(rows.map((row) => row.l0), this.size.left, this.size.width - this.size.right);
+      this.y = scale(rows.map((row) => row.normalized_mse), this.size.height - this.size.bottom, this.size.top);
       this.points = rows.map((row, i) => this.point(row, i));
       const keys = Object.keys(this.methods).filter((key) => rows.some((row) => row.method === key));
-      this.chart.replaceChildren(svg("svg", { class: "chart", viewBox: `0 0 ${SIZE.width} ${SIZE.height}`, role: "group",
+      this.chart.replaceChildren(svg("svg", { class: "chart", viewBox: `0 0 ${this.size.width} ${this.size.height}`, role: "group",
         "aria-label": `Normalized MSE against L0 on ${this.subject}, ${rows.length} runs. Arrow keys go from run to run.` },
       ...this.axes(), ...this.lines(keys, rows), ...this.points));
+      this.follow(this.chart.firstChild, rows);
       this.readout.textContent = "Point at a run to read it, or use Tab and the arrow keys. A click shows its row.";
       this.drawTable(rows);
     }
 
+    /* The pointer reads the nearest run, for runs that differ in their seed lie on one another. */
+    follow(drawing, rows) {
+      const nearest = (event) => {
+        if (event.detail === 0 && event.type === "click") return this.points.indexOf(event.target.closest(".point"));
+        const box = drawing.getBoundingClientRect(), zoom = this.size.width / box.width;
+        const at = [(event.clientX - box.left) * zoom, (event.clientY - box.top) * zoom];
+        const away = rows.map((row) => Math.hypot(this.x(row.l0) - at[0], this.y(row.normalized_mse) - at[1]));
+        const least = Math.min(...away);
+        return least < 28 ? away.indexOf(least) : -1;
+      };
+      drawing.addEventListener("pointermove", (event) => {
+        const i = nearest(event);
+        this.points.forEach((point, at) => point.classList.toggle("near", at === i));
+        if (i >= 0) this.readout.textContent = this.describe(rows[i]);
+      });
+      drawing.addEventListener("click", (event) => { const i = nearest(event); if (i >= 0) this.pick(i); });
+    }
+
     axes() {
-      const { left, right, top, bottom, width, height } = SIZE, parts = [];
+      const { left, right, top, bottom, width, height } = this.size, parts = [];
       for (const value of this.x.ticks) {
         parts.push(svg("line", { class: "grid", x1: this.x(value), x2: this.x(value), y1: top, y2: height - bottom }),
           svg("text", { x: this.x(value), y: height - bottom + 17, "text-anchor": "middle" }, String(value)));
@@ -173,12 +197,9 @@
       const { marker } = this.methods[row.method];
       const point = svg("g", { class: "point", transform: `translate(${this.x(row.l0).toFixed(1)} ${this.y(row.normalized_mse).toFixed(1)})`,
         role: "button", tabindex: i ? "-1" : "0", "aria-label": this.describe(row), "aria-pressed": "false" },
-      svg("circle", { r: 10, fill: "transparent" }), svg("circle", { class: "ring", r: 9 }),
+      svg("circle", { class: "ring", r: 9 }),
       svg("path", { d: SHAPES[marker] || SHAPES.o, style: `stroke:${this.color(row.method)};stroke-width:1.6;fill:var(--pst-color-background)` }));
-      const read = () => { this.readout.textContent = this.describe(row); };
-      point.addEventListener("pointerenter", read);
-      point.addEventListener("focus", read);
-      point.addEventListener("click", () => this.pick(i));
+      point.addEventListener("focus", () => { this.readout.textContent = this.describe(row); });
       point.addEventListener("keydown", (event) => this.key(event, i));
       return point;
     }
