@@ -19,6 +19,8 @@ def headline(ratios: dict[str, dict[float, dict[int, float]]]):
 
 
 def gap_grows(ratios: dict[int, dict[int, float]]):
+    if len(ratios) < 2:
+        return "fewer than two sizes have runs on both sides of L0 32", []
     least, most = min(ratios), max(ratios)
     shared = sorted(set(ratios[least]) & set(ratios[most]))
     growth = [ratios[most][seed] / ratios[least][seed] for seed in shared]

@@ -24,7 +24,7 @@ def squared_error(x: Float[Tensor, "batch d_model"], x_hat: Float[Tensor, "batch
 def l1(latents: Float[Tensor, "batch n_latents"]) -> Float[Tensor, ""]:
     """L1 norm of the latents, averaged over tokens.
 
-    ||z||₁ = mean_b Σ_i |z_bi|
+    ||z||₁ = mean_b Σ_i abs(z_bi)
 
     Args:
         latents: z.

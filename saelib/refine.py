@@ -94,7 +94,7 @@ def refine(x: Float[Tensor, "batch d_model"], latents: Float[Tensor, "batch n_la
 def moves(latents: Float[Tensor, "batch n_latents"], refined: Float[Tensor, "batch n_latents"]) -> tuple[float, float]:
     """What refinement did to the latents as a whole, relative to their sum.
 
-    shift = Σ (z* - z) / Σ z,  change = Σ |z* - z| / Σ z
+    shift = Σ (z* - z) / Σ z,  change = Σ abs(z* - z) / Σ z
 
     Returns:
         The shift, which is above 0 where the latents were too small, and the change, which counts both directions.

@@ -26,6 +26,7 @@ from saelib.train import paper_lr, train
 PACKAGE = Path(__file__).parent
 DECIDING = ("kernels", "losses", "methods", "metrics", "runs", "sae", "sources", "subjects", "texts", "train", "variants")
 MEDIAN_ROWS = 8192
+BF16_WEIGHTS = 2**17
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,12 @@ class Fit(NamedTuple):
     history: list[dict[str, float]]
 
 
-def pick_precision(precision: str, device: str) -> str:
-    """The precision that "auto" stands for: bfloat16 where the hardware multiplies in it, else float32."""
+def pick_precision(precision: str, device: str, n_weights: int) -> str:
+    """The precision that "auto" stands for: bfloat16 where the hardware multiplies in it and the encoder has 2^17 weights
+    or more, else float32, because casting costs a small SAE more than it gains."""
     if precision != "auto":
         return precision
-    return "bf16" if subjects.fast_dtype(device) == torch.bfloat16 else "fp32"
+    return "bf16" if n_weights >= BF16_WEIGHTS and subjects.fast_dtype(device) == torch.bfloat16 else "fp32"
 
 
 def pick_device(device: str) -> str:
@@ -92,7 +94,8 @@ def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", 
     n_steps, start = -(-config.n_tokens // batch_size), time.monotonic()
     history = train(sae, lambda step: source.batches(batch_size, n_steps, config.seed, step), n_steps, lr=config.lr,
                     penalty_warmup=config.penalty_warmup, auxk_coef=config.auxk_coef, dead_after=config.dead_after,
-                    ema_decay=config.ema_decay, path=config.path, precision=pick_precision(config.precision, device), checkpoint=checkpoint,
+                    ema_decay=config.ema_decay, path=config.path, checkpoint=checkpoint,
+                    precision=pick_precision(config.precision, device, sae.W_enc.numel()),
                     on_step=on_tokens and (lambda step: on_tokens(batch_size)))
     seconds = time.monotonic() - start
     measured = metrics.evaluate(sae, source.held_out, source.mean)
@@ -173,7 +176,7 @@ def run(config: RunConfig, device: str = "auto", on_tokens=None, checkpoint: Pat
     """
     device = pick_device(device)
     result = fit_source(open_source(config, device), config, device, on_tokens, checkpoint)
-    made = provenance(device) | {"precision": pick_precision(config.precision, device)}
+    made = provenance(device) | {"precision": pick_precision(config.precision, device, result.sae.W_enc.numel())}
     return {"config": asdict(config), "metrics": result.metrics, "provenance": made, "date": time.strftime("%Y-%m-%d")}
 
 

@@ -92,7 +92,8 @@ class SAE(nn.Module):
         if path == "sparse" and hasattr(self.method, "k") and self.method.exact_gradient:
             values, active = kernels.encode(x, self.b_pre, self.W_enc, self.b_enc, self.method.k, precision)
             return Output(kernels.decode(values, active, self.W_dec) + self.b_pre, values, active)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        # autocast's cache is shared between threads, and so between the members of a sweep
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
             latents = self.encode(x)
             return Output(self.decode(latents), latents, None)
 

@@ -87,8 +87,9 @@ def test_rows_of_other_code_do_not_count(tmp_path, monkeypatch):
     assert [r["provenance"]["code"] for r in runs.read_rows(store)][1] == "changed"
 
 
-def test_members_of_a_sweep_equal_the_same_runs_alone():
-    configs = [config(seed=s, method=m, sparsity=k) for s in (0, 1) for m, k in (("topk", 4), ("relu", 0.01))]
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_members_of_a_sweep_equal_the_same_runs_alone(precision):
+    configs = [config(seed=s, method=m, sparsity=k, precision=precision) for s in (0, 1) for m, k in (("topk", 4), ("relu", 0.01))]
     together = saelib.sweep(configs, progress=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -123,3 +124,9 @@ def test_importing_saelib_loads_no_transformers_and_no_plots():
     import subprocess
     code = "import sys, saelib; print([m for m in ('transformers', 'datasets', 'IPython', 'pandas', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_the_precision_is_chosen_by_hardware_and_size_and_can_be_set():
+    assert runs.pick_precision("auto", "cpu", 2**17 - 1) == "fp32" == runs.pick_precision("fp32", "cpu", 2**20)
+    fast = runs.subjects.fast_dtype("cpu") == torch.bfloat16
+    assert runs.pick_precision("auto", "cpu", 2**17) == ("bf16" if fast else "fp32")

@@ -119,7 +119,7 @@ def train_pair(settings):
 
     def fit(method, sparsity):
         config = runs.RunConfig("pygpt", method, sparsity, settings.n_latents, settings.n_tokens, settings.batch_size,
-                                profiles.lr_of("pygpt", method), 0, settings.source_tokens)
+                                profiles.lr_of("pygpt", method, settings.profile), 0, settings.source_tokens)
         say(f"explorer: training {method}, {sparsity:.3g}")
         return runs.fit_source(runs.open_source(config, runs.pick_device("auto")), config)
 
