@@ -64,8 +64,9 @@ def plain_log(axes: Axes, x: bool = True, y: bool = True) -> None:
             axis.set_minor_formatter(NullFormatter())
 
 
-def band(axes: Axes, points: Points, label: str, color: str, marker: str, log: bool = True) -> None:
-    """Every seed's point, the line through their (geometric) means, and the band from the least to the greatest."""
+def band(axes: Axes, points: Points, label: str, color: str, marker: str, log: bool = True) -> tuple[float, float]:
+    """Every seed's point, the line through their (geometric) means, and the band from the least to the greatest.
+    Returns the line's right end."""
     points = sorted(points)
     xs = [x for x, _ in points]
     centre = [float(np.exp(np.mean(np.log(ys))) if log else np.mean(ys)) for _, ys in points]
@@ -74,7 +75,24 @@ def band(axes: Axes, points: Points, label: str, color: str, marker: str, log: b
         axes.fill_between(xs, [min(ys) for _, ys in points], [max(ys) for _, ys in points], color=color, alpha=0.15, linewidth=0)
     for x, ys in points:
         axes.plot([x] * len(ys), ys, marker, color=color, markerfacecolor="none" if marker in "so^Dv" else color, linestyle="none")
-    axes.annotate(label, (xs[-1], centre[-1]), xytext=(5, 0), textcoords="offset points", color=color, fontsize=8, va="center")
+    return xs[-1], centre[-1]
+
+
+def name_ends(axes: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
+    """Write each label where its line ends, (x, y, colour), a little lower or higher where labels would meet."""
+    axes.get_xlim(), axes.get_ylim()  # matplotlib sets the limits when asked for them, and the transform needs them
+    to_axes = axes.transData + axes.transAxes.inverted()
+    at = {label: list(to_axes.transform((x, y))) for label, (x, y, _) in ends.items()}
+    order = sorted(at, key=lambda label: at[label][1])
+    for i, label in enumerate(order):
+        for lower in order[:i]:
+            if abs(at[label][0] - at[lower][0]) < 0.4:
+                at[label][1] = max(at[label][1], at[lower][1] + 0.065)
+    for i, label in reversed(list(enumerate(order))):  # what was pushed out at the top comes down again
+        above = [at[higher][1] - 0.065 for higher in order[i + 1:] if abs(at[label][0] - at[higher][0]) < 0.4]
+        at[label][1] = min(at[label][1], 1.0, *above)
+    for label, (x, y) in at.items():
+        axes.annotate(label, (x, y), xycoords="axes fraction", xytext=(5, 0), textcoords="offset points", color=ends[label][2], fontsize=8, va="center")
 
 
 def versus(series: dict[str, Points], xlabel: str, ylabel: str, *, looks: dict[str, tuple[str, str]] | None = None, title: str = "",
@@ -95,12 +113,14 @@ def versus(series: dict[str, Points], xlabel: str, ylabel: str, *, looks: dict[s
     """
     picture, axes = (axes.figure, axes) if axes is not None else (lambda p, a: (p, a[0]))(*canvas())
     plain_log(axes, logx, logy)
+    ends = {}
     for i, (label, points) in enumerate(series.items()):
         color, marker = (looks or {}).get(label, (SHADES[i % len(SHADES)], "osD^vx"[i % 6]))
-        band(axes, points, label, color, marker, log=logy)
+        ends[label] = *band(axes, points, label, color, marker, log=logy), color
         picture.numbers += [f"{title + ': ' if title else ''}{label}, x {x:.4g}: " + " ".join(f"{y:.4g}" for y in ys) for x, ys in sorted(points)]
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.margins(x=0.12)
+    name_ends(axes, ends)
     if note:
         axes.annotate(note, (0, -0.24), xycoords="axes fraction", fontsize=7, color="#555555", va="top")
     return picture
@@ -145,7 +165,7 @@ def frontier(rows: Sequence[dict], *, panel: str = "subject", x: str = "l0", y: 
     for ax, (name, members) in zip(axes, panels.items()):
         by_method = group(members, lambda row: row["config"]["method"])
         series = {METHODS[m].label: points_of(rs, lambda r: r["metrics"][x], lambda r: r["metrics"][y]) for m, rs in by_method.items()}
-        looks = {METHODS[m].label: LOOK[m] for m in by_method}
+        looks = {METHODS[m].label: LOOK.get(m, LOOK["spare"]) for m in by_method}
         versus(series, "active latents per token, L0", ylabel if ax is axes[0] else "", looks=looks, title=str(name), logy=logy, axes=ax)
     picture.supxlabel(note_of(rows), fontsize=7, color="#555555")
     if (x, y) == ("l0", "normalized_mse"):
@@ -161,19 +181,6 @@ def plain_row(row: dict) -> dict:
 
 
 Line = tuple[Sequence[float], Sequence[float]]  # xs, and their ys
-
-
-def name_ends(axes: Axes, ends: dict[str, tuple[float, str]]) -> None:
-    """Write each label at the right, where its line ends, (y, colour), and apart from the other labels."""
-    low, high = axes.get_ylim()
-    order = sorted(ends, key=lambda label: ends[label][0])
-    at = [(ends[label][0] - low) / (high - low) for label in order]
-    for i in range(1, len(at)):
-        at[i] = max(at[i], at[i - 1] + 0.065)
-    for i in reversed(range(len(at))):  # what was pushed out at the top comes down again
-        at[i] = min([at[i], 1.0] if i + 1 == len(at) else [at[i], at[i + 1] - 0.065])
-    for label, height in zip(order, at):
-        axes.annotate(label, (1.01, height), xycoords="axes fraction", color=ends[label][1], fontsize=8, va="center")
 
 
 def curves(panels: dict[str, dict[str, Line]], xlabel: str, ylabels: Sequence[str], *, looks: dict[str, tuple[str, str]] | None = None,
@@ -204,7 +211,7 @@ def curves(panels: dict[str, dict[str, Line]], xlabel: str, ylabels: Sequence[st
             axes.plot(xs, ys, "o", color=color[label], markersize=4, zorder=4)
             picture.numbers.append(f"{title}: {label}, measured: " + " ".join(f"({x:.4g}, {y:.4g})" for x, y in zip(xs, ys)))
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-        name_ends(axes, {label: (ys[-1], color[label]) for label, (xs, ys) in lines.items()})
+        name_ends(axes, {label: (xs[-1], ys[-1], color[label]) for label, (xs, ys) in lines.items()})
     if note:
         picture.supxlabel(note, fontsize=7, color="#555555")
     return picture

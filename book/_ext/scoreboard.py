@@ -5,6 +5,8 @@ The records lie in the outputs of the executed notebooks, and nowhere else (see 
 
 ```{scoreboard}
 ```                                    a table of all verdicts
+```{scoreboard-summary}
+```                                    how many claims have which verdict
 {number}`03_frontier:gap_32`           a number of notebooks/03_frontier.ipynb
 {number}`03_frontier:gap_32:.2f`       the same with a format
 
@@ -129,6 +131,21 @@ class Scoreboard(SphinxDirective):
         return reference
 
 
+class Summary(SphinxDirective):
+    """One line: how many claims were put to the test, and how many have each verdict."""
+
+    def run(self):
+        self.env.metadata[self.env.docname]["scoreboard"] = True
+        for docname in notebook_pages(self.env):
+            self.env.note_dependency(str(executed_path(self.env.app, docname)))
+        counts = Counter(row["verdict"] for row in verdicts(self.env.app))
+        line = nodes.paragraph("", "", nodes.strong(text=f"{counts.total()} claims put to the test: "), classes=["scoreboard-summary"])
+        for verdict, badge in BADGES.items():
+            line += nodes.inline(text=f"{badge} {counts[verdict]}", classes=["verdict-badge", verdict.replace(" ", "-")])
+            line += nodes.Text(" ")
+        return [line]
+
+
 class recorded_number(nodes.inline):  # noqa: N801 (docutils names nodes in lower case)
     """A number out of a run; the tooltip says which."""
 
@@ -199,6 +216,7 @@ def write_json(app, exception):
 def setup(app):
     app.setup_extension("executed")
     app.add_directive("scoreboard", Scoreboard)
+    app.add_directive("scoreboard-summary", Summary)
     app.add_role("number", Number())
     skip = (no_markup, no_markup)
     app.add_node(recorded_number, html=(open_number, close_number), latex=skip, text=skip)
