@@ -20,14 +20,14 @@ PROFILES = {
     "l1_zeros": {  # without AuxK: a learning rate at which few latents die
         "quick": dict(n_seeds=1, source_tokens=20_000, n_tokens=40_000, batch_size=512, n_latents=256, lr=8e-3,
                       l1_coefs=(0.05, 0.1, 0.2), l2_coefs=(0.1, 0.5, 2.0), smooth_coefs=(0.1,)),
-        "laptop": dict(n_seeds=3, source_tokens=150_000, n_tokens=150_000, batch_size=512, n_latents=256, lr=8e-3,
+        "laptop": dict(n_seeds=3, source_tokens=80_000, n_tokens=80_000, batch_size=512, n_latents=256, lr=8e-3,
                        l1_coefs=(0.05, 0.1, 0.2), l2_coefs=(0.1, 0.5, 2.0), smooth_coefs=(0.05, 0.2)),
         "gpu": dict(n_seeds=5, source_tokens=2_000_000, n_tokens=5_000_000, batch_size=1024, n_latents=256, lr=8e-3,
                     l1_coefs=(0.05, 0.1, 0.2, 0.4), l2_coefs=(0.1, 0.5, 2.0, 8.0), smooth_coefs=(0.05, 0.1, 0.2)),
     },
     "at_zero": {
         "quick": dict(n_seeds=1, source_tokens=20_000, n_tokens=40_000, batch_size=512, n_latents=256, lr=8e-3, l1_coef=0.1, subjects=("synthetic",)),
-        "laptop": dict(n_seeds=3, source_tokens=60_000, n_tokens=60_000, batch_size=512, n_latents=256, lr=8e-3, l1_coef=0.1, subjects=("synthetic", "pygpt")),
+        "laptop": dict(n_seeds=3, source_tokens=24_000, n_tokens=24_000, batch_size=512, n_latents=256, lr=8e-3, l1_coef=0.1, subjects=("synthetic", "pygpt")),
         "gpu": dict(n_seeds=3, source_tokens=1_000_000, n_tokens=1_000_000, batch_size=1024, n_latents=1024, lr=8e-3, l1_coef=0.1, subjects=("synthetic", "pygpt")),
     },
     "l1_costs": {  # l1_coefs are for an L0 near 32
@@ -40,7 +40,7 @@ PROFILES = {
     },
     "topk_learns": {
         "quick": dict(n_seeds=1, source_tokens=24_000, n_tokens=24_000, batch_size=256, n_latents=256, k=8, l1_coef=0.1, n_checkpoints=10, subjects=("synthetic", "pygpt")),
-        "laptop": dict(n_seeds=3, source_tokens=300_000, n_tokens=60_000, batch_size=256, n_latents=384, k=32, l1_coef=0.05, n_checkpoints=20, subjects=("pygpt", "minilm")),
+        "laptop": dict(n_seeds=3, source_tokens=300_000, n_tokens=40_000, batch_size=256, n_latents=384, k=32, l1_coef=0.05, n_checkpoints=20, subjects=("pygpt", "minilm")),
         "gpu": dict(n_seeds=5, source_tokens=3_000_000, n_tokens=5_000_000, batch_size=1024, n_latents=4096, k=32, l1_coef=0.06, n_checkpoints=50, subjects=("pygpt", "minilm")),
     },
     "setting_l0": {
