@@ -33,7 +33,7 @@ PROFILES = {
     "l1_costs": {  # l1_coefs are for an L0 near 32
         "quick": dict(n_seeds=1, source_tokens=24_000, n_tokens=24_000, batch_size=512, n_latents=256, n_refined=512,
                       l1_coefs={"pygpt": 0.04, "minilm": 0.05}, game_tokens=60_000, exact_coefs=(0.1, 0.4), exact_steps=500),
-        "laptop": dict(n_seeds=3, source_tokens=300_000, n_tokens=40_000, batch_size=256, n_latents=384, n_refined=512,
+        "laptop": dict(n_seeds=3, source_tokens=300_000, n_tokens=30_000, batch_size=256, n_latents=384, n_refined=512,
                        l1_coefs={"pygpt": 0.04, "minilm": 0.05}, game_tokens=100_000, exact_coefs=(0.1, 0.2, 0.4), exact_steps=500),
         "gpu": dict(n_seeds=5, source_tokens=3_000_000, n_tokens=5_000_000, batch_size=1024, n_latents=4096, n_refined=4096,
                     l1_coefs={"pygpt": 0.03, "minilm": 0.04}, game_tokens=1_000_000, exact_coefs=(0.05, 0.1, 0.2, 0.4), exact_steps=5000),
@@ -46,8 +46,8 @@ PROFILES = {
     "setting_l0": {
         "quick": dict(n_seeds=1, source_tokens=24_000, n_tokens=16_000, batch_size=512, ks=(32,), l1_coefs=(0.03, 0.1),
                       n_latents={"synthetic": (128, 256), "pygpt": (512,)}),
-        "laptop": dict(n_seeds=3, source_tokens=300_000, n_tokens=100_000, batch_size=512, ks=(32,), l1_coefs=(0.03, 0.1, 0.3),
-                       n_latents={"synthetic": (128, 512), "pygpt": (256, 1024), "minilm": (768,)}),
+        "laptop": dict(n_seeds=3, source_tokens=300_000, n_tokens=60_000, batch_size=512, ks=(32,), l1_coefs=(0.03, 0.1, 0.3),
+                       n_latents={"synthetic": (128, 512), "pygpt": (256, 1024), "minilm": (512,)}),
         "gpu": dict(n_seeds=3, source_tokens=3_000_000, n_tokens=5_000_000, batch_size=4096, ks=(32, 64), l1_coefs=METHODS["relu"].grid,
                     n_latents={"synthetic": (128, 512), "pygpt": (1024, 4096), "minilm": (1536, 6144)}),
         "paper": dict(n_seeds=3, source_tokens=100_000_000, n_tokens=100_000_000, batch_size=131_072, ks=(32,), l1_coefs=METHODS["relu"].grid,
