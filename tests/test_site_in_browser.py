@@ -109,7 +109,7 @@ def test_maths_is_typeset(page, name):
     open_page(page, name)
     if page.locator(".math").count() == 0:
         pytest.skip("no maths on this page")
-    page.wait_for_selector("mjx-container")
+    page.wait_for_selector("article mjx-container")  # a heading with maths stands in the contents too, which a narrow page hides
     page.wait_for_function("document.querySelectorAll('.math').length <= document.querySelectorAll('mjx-container').length")
     assert page.locator("mjx-merror").count() == 0
 
