@@ -142,7 +142,9 @@ def test_axe_finds_no_serious_violation(page, axe, name, theme):
 def test_search_finds_a_word_of_the_book_opened_as_a_file(page):
     # no look at errors: from a file the browser refuses the results' excerpts, and the results stand without
     open_page(page, "search.html?q=AuxK")
-    page.wait_for_selector("#search-results ul.search li a")
+    found = page.locator("#search-results ul.search li a[href*='book/notation.html']").first
+    found.wait_for()  # results come one by one
+    assert found.is_visible()  # the page whose recipe says what AuxK is
 
 
 def test_the_site_works_below_a_servers_root(page, served):
