@@ -62,6 +62,25 @@ class Active:
         return values.new_zeros(self.n_latents).index_add_(0, self.indices.reshape(-1), values.reshape(-1))
 
 
+def largest(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row, in no particular order: `topk`, on fewer numbers.
+
+    Cut a row into groups and take the maximum of each. The k largest lie in the k groups with the largest maxima, so
+    it is enough to look through n / size maxima and then through k size candidates. Groups are strided, so that
+    their maxima are taken of whole vectors at once; their size is the one that leaves the least to look through.
+    """
+    batch, n_latents = pre_acts.shape
+    size = min((size for size in (1, 2, 4, 8, 16) if n_latents % size == 0 and k * size <= n_latents),
+               key=lambda size: n_latents / size + (size > 1) * k * size)
+    if size == 1:
+        return pre_acts.topk(k, dim=1, sorted=False)
+    groups = pre_acts.view(batch, size, n_latents // size)
+    best = groups.amax(1).topk(k, dim=1, sorted=False).indices
+    candidates = groups.gather(2, best[:, None].expand(batch, size, k)).view(batch, size * k)
+    values, place = candidates.topk(k, dim=1, sorted=False)
+    return values, place.div(k, rounding_mode="floor") * (n_latents // size) + best.gather(1, place % k)
+
+
 @torch.no_grad()
 def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_enc: Float[Tensor, " n_latents"], k: int,
            precision: str = "fp32") -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
@@ -93,7 +112,7 @@ def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_e
     for start in range(0, len(x), rows):
         block = cast_x[start: start + rows]
         pre_acts = torch.addmm(bias, block, weight, out=buffer[: len(block)])
-        values[start: start + rows], indices[start: start + rows] = pre_acts.topk(n_kept, dim=1, sorted=False)
+        values[start: start + rows], indices[start: start + rows] = largest(pre_acts, n_kept)
     if precision == "fp32":
         return values, indices
     candidates = Active(indices, n_latents)

@@ -21,20 +21,35 @@ def squared_error(x: Float[Tensor, "batch d_model"], x_hat: Float[Tensor, "batch
     return (x_hat - x).pow(2).sum(1).mean()  # Eq. (1)
 
 
-def l1(latents: Float[Tensor, "batch n_latents"]) -> Float[Tensor, ""]:
-    """L1 norm of the latents, averaged over tokens.
+class _Sum(torch.autograd.Function):
+    """The sum, by rows and then in float32. Its derivative is the same everywhere, and stays one number instead of a
+    matrix of them."""
 
-    ||z||₁ = mean_b Σ_i abs(z_bi)
+    @staticmethod
+    def forward(ctx, latents):
+        ctx.like = latents.dtype, latents.shape
+        return latents.sum(1).sum(dtype=torch.promote_types(latents.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx, grad):
+        dtype, shape = ctx.like
+        return grad.to(dtype).expand(shape)
+
+
+def l1(latents: Float[Tensor, "batch n_latents"]) -> Float[Tensor, ""]:
+    """L1 norm of the latents, averaged over tokens. They are never negative, so that it is their sum.
+
+    ||z||₁ = mean_b Σ_i z_bi
 
     Args:
-        latents: z.
+        latents: z, 0 or more.
 
     Returns:
         A scalar, in the units of the latents.
 
     Paper: §2.2 (the penalty that TopK replaces)
     """
-    return torch.linalg.vector_norm(latents, 1, dtype=torch.float32) / len(latents)
+    return _Sum.apply(latents) / len(latents)
 
 
 def auxk(residual: Float[Tensor, "batch d_model"], residual_hat: Float[Tensor, "batch d_model"]) -> Float[Tensor, ""]:

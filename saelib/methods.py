@@ -13,13 +13,12 @@ class Method(nn.Module):
 
     `key`, `label`, `knob` and `grid` are data about the class: the loop, the sweeps, the figures and the tests
     read them and know no method by name. `knob` says what `sparsity` is: "k" or "l1_coef". A method that has
-    `k` keeps at most k latents for each token; with an exact gradient it can take the sparse path of `saelib.kernels`.
+    `k` keeps at most k latents for each token. One that inherits the forward of `ReLU` or `TopK` runs on their kernels.
     """
     key: ClassVar[str]
     label: ClassVar[str]
     knob: ClassVar[str]
     grid: ClassVar[tuple[float, ...]]
-    exact_gradient: ClassVar[bool] = True  # whether backward is the derivative of forward
 
     def __init__(self, n_latents: int, sparsity: float):
         super().__init__()

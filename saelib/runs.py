@@ -24,7 +24,8 @@ from saelib.sae import SAE, geometric_median
 from saelib.train import paper_lr, train
 
 PACKAGE = Path(__file__).parent
-DECIDING = ("kernels", "losses", "methods", "metrics", "runs", "sae", "sources", "subjects", "texts", "train", "variants")
+DECIDING = ("dense", "kernels", "losses", "methods", "metrics", "runs", "sae", "sources", "subjects", "texts", "train", "triton_kernels",
+            "triton_select", "variants")
 MEDIAN_ROWS = 8192
 BF16_WEIGHTS = 2**17
 

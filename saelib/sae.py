@@ -10,7 +10,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from saelib import kernels, methods
+from saelib import dense, kernels, methods
 
 FORMAT = "saelib-1"
 
@@ -76,22 +76,28 @@ class SAE(nn.Module):
         """The reconstruction x_hat of dense latents. Paper: §2.2, Eq. (1)"""
         return torch.addmm(self.b_pre, latents, self.W_dec)  # Eq. (1)
 
-    def run(self, x: Float[Tensor, "batch d_model"], path: str = "sparse", precision: str = "fp32") -> Output:
+    def run(self, x: Float[Tensor, "batch d_model"], path: str = "sparse", precision: str = "fp32",
+            scratch: dense.Scratch | None = None) -> Output:
         """One forward pass with all that it makes.
 
         Args:
             x: activations.
-            path: "sparse" never forms the dense latents of a method that has a k; "dense" is its plain twin.
-            precision: "fp32"; "bf16" selects latents in bfloat16 on the sparse path, and multiplies matrices in it on
-                the dense one. Weights stay in float32.
+            path: "sparse" never forms the dense latents where the activation function is TopK's, and takes the fewest
+                passes over them where it is ReLU's; "dense" is the plain twin, and serves any other.
+            precision: "fp32"; "bf16" selects the latents of TopK in bfloat16, and multiplies matrices in it elsewhere.
+                Weights stay in float32.
+            scratch: memory for dense latents, which the next pass that gets it overwrites; fresh memory if None.
 
         Returns:
             `Output`: x_hat, and the latents of that path.
         """
         self.check(x)
-        if path == "sparse" and hasattr(self.method, "k") and self.method.exact_gradient:
+        act = getattr(self.method.forward, "__func__", None)  # a method with an activation function of its own has no kernel
+        if path == "sparse" and act is methods.TopK.forward:
             values, active = kernels.encode(x, self.b_pre, self.W_enc, self.b_enc, self.method.k, precision)
             return Output(kernels.decode(values, active, self.W_dec) + self.b_pre, values, active)
+        if path == "sparse" and act is methods.ReLU.forward:
+            return Output(*dense.relu(x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, precision, scratch), None)
         # autocast's cache is shared between threads, and so between the members of a sweep
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
             latents = self.encode(x)

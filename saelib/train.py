@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from saelib import losses
+from saelib import dense, kernels, losses
 from saelib.sae import SAE
 
 BETAS, EPS = (0.9, 0.999), 6.25e-10  # Paper: Appendix A.3
@@ -30,7 +31,7 @@ def default_k_aux(d_model: int) -> int:
     return 2 ** round(math.log2(max(1, d_model / 2)))
 
 
-def auxk_term(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int) -> Tensor:
+def auxk_term(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int, precision: str = "fp32") -> Tensor:
     """The AuxK loss: the k_aux largest of the dead latents reconstruct the residual, without b_pre.
 
     L_aux = ||e - ê||² (normalised),  e = x - x_hat,  ê = Σ_{i dead, top k_aux} z_i W_dec[i]
@@ -41,6 +42,7 @@ def auxk_term(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int) -> T
         x_hat: their reconstructions.
         dead: the indices of the dead latents.
         k_aux: how many of them may be active for each token.
+        precision: "fp32", or "bf16" to multiply matrices in bfloat16.
 
     Returns:
         A scalar; 0, without a gradient, when nothing is dead.
@@ -49,11 +51,13 @@ def auxk_term(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int) -> T
     """
     if len(dead) == 0:
         return x.new_zeros(())
-    latents = torch.relu((x - sae.b_pre) @ sae.W_enc[dead].t() + sae.b_enc[dead])
-    if len(dead) > k_aux:
-        least = latents.topk(k_aux, dim=1, sorted=False).values.amin(1, keepdim=True)
-        latents = latents * (latents >= least)
-    return losses.auxk(x - x_hat, latents @ sae.W_dec[dead])
+    encoder, decoder = (F.embedding(dead, rows, sparse=True) for rows in (sae.W_enc, sae.W_dec))  # the gradient: those rows alone
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+        latents = torch.relu(F.linear(x - sae.b_pre, encoder, sae.b_enc[dead]))
+        if len(dead) > k_aux:
+            chosen = kernels.largest(latents.detach(), k_aux)[1]
+            latents = latents * torch.zeros_like(latents).scatter_(1, chosen, 1)
+        return losses.auxk(x - x_hat, latents @ decoder)
 
 
 class Loop:
@@ -63,7 +67,7 @@ class Loop:
         self.sae, self.lr, self.dead_after, self.auxk_coef, self.k_aux = sae, lr, dead_after, auxk_coef, k_aux
         self.adam = torch.optim.Adam(sae.parameters(), lr=lr, betas=BETAS, eps=EPS, fused=True)
         self.tokens_since_fired = torch.zeros(sae.n_latents, dtype=torch.int64, device=sae.W_dec.device)
-        self.step, self.history = 0, []
+        self.step, self.history, self.scratch = 0, [], dense.Scratch()
         self.ema = torch.optim.swa_utils.AveragedModel(sae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
 
     def state(self) -> dict:
@@ -83,25 +87,25 @@ class Loop:
         """Paper: §2.4 (dead latents). Tokens are counted, not steps."""
         self.tokens_since_fired += len(latents)
         if active is None:
-            self.tokens_since_fired[(latents != 0).any(0)] = 0
+            self.tokens_since_fired[latents.amax(0) > 0] = 0
         else:
             self.tokens_since_fired[active.indices[latents > 0].long()] = 0
 
-    def terms(self, x: Tensor, out, penalty_scale: float) -> dict[str, Tensor]:
+    def terms(self, x: Tensor, out, penalty_scale: float, precision: str) -> dict[str, Tensor]:
         """The weighted terms of the loss. Their sum is optimised; the same dict is the log."""
         terms = {"squared_error": losses.squared_error(x, out.x_hat)}
         terms |= {name: penalty_scale * term for name, term in self.sae.method.penalty(self.sae, x, out).items()}
         if self.auxk_coef:
             dead = (self.tokens_since_fired > self.dead_after).nonzero().squeeze(1)
-            terms["auxk"] = self.auxk_coef * auxk_term(self.sae, x, out.x_hat, dead, self.k_aux)
+            terms["auxk"] = self.auxk_coef * auxk_term(self.sae, x, out.x_hat, dead, self.k_aux, precision)
         return terms
 
     def one(self, x: Tensor, lr_scale: float, penalty_scale: float, path: str, precision: str, log: bool) -> None:
         """One step, in the order that the tests hold it to."""
         sae = self.sae
-        out = sae.run(x, path, precision)
+        out = sae.run(x, path, precision, self.scratch)
         self.count_fired(out.latents.detach(), out.active)
-        terms = self.terms(x, out, penalty_scale)
+        terms = self.terms(x, out, penalty_scale, precision)
         loss = sum(terms.values())
         terms = {name: term.detach() for name, term in terms.items()}
         if log or x.device.type == "cpu":  # on a GPU the check would wait for the device at every step

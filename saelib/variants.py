@@ -68,7 +68,7 @@ class StraightThroughTopK(TopK):
 
     Ours, because TopK's own backward is often called straight-through, and is not.
     """
-    key, label, exact_gradient = "topk_ste", "TopK, straight-through", False
+    key, label = "topk_ste", "TopK, straight-through"
 
     def forward(self, pre_acts: Float[Tensor, "batch n_latents"]) -> Float[Tensor, "batch n_latents"]:
         latents = super().forward(pre_acts.detach())

@@ -2,14 +2,14 @@
 import pytest
 import torch
 
-from saelib import kernels
+from saelib import dense, kernels
 from saelib.sae import SAE
 
 SHAPES = [(7, 5, 11, 3), (64, 33, 100, 1), (300, 16, 64, 64), (1, 1, 1, 1), (513, 24, 300, 17)]  # batch, d, n, k
 
 
-def make(d, n, k, seed=0):
-    sae = SAE(d, n, "topk", k, seed=seed)
+def make(d, n, k, seed=0, method="topk"):
+    sae = SAE(d, n, method, k, seed=seed)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
         sae.b_enc.copy_(torch.randn(n, generator=generator))
@@ -31,6 +31,45 @@ def test_sparse_and_dense_agree_forward_and_backward(batch, d, n, k):
     sae, x = make(d, n, k), torch.randn(batch, d, generator=torch.Generator().manual_seed(1), requires_grad=True)
     for ours, twin in zip(through(sae, x, "sparse"), through(sae, x, "dense")):
         torch.testing.assert_close(ours, twin, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("batch, d, n", [shape[:3] for shape in SHAPES])
+@pytest.mark.parametrize("precision, rtol, atol", [("fp32", 1e-4, 2e-4), ("bf16", 0.05, 0.5)])
+def test_the_relu_kernel_and_its_dense_twin_agree_forward_and_backward(batch, d, n, precision, rtol, atol):
+    sae, x = make(d, n, 0.1, method="relu"), torch.randn(batch, d, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    for ours, twin in zip(through(sae, x, "sparse", precision), through(sae, x, "dense")):
+        torch.testing.assert_close(ours, twin, rtol=rtol, atol=atol * max(1, twin.abs().max().item()) if precision == "bf16" else atol)
+
+
+def test_the_relu_kernel_agrees_with_finite_differences():
+    sae = make(3, 6, 0.1, method="relu").double()
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    inputs = [x, sae.b_pre, sae.W_enc, sae.b_enc, sae.W_dec]
+    assert torch.autograd.gradcheck(lambda *a: dense.relu(*a), inputs, eps=1e-7, atol=1e-5)
+
+
+def test_scratch_that_was_overwritten_before_backward_is_an_error_and_no_wrong_gradient():
+    sae, scratch = make(4, 9, 0.1, method="relu"), dense.Scratch()
+    first = sae.run(torch.randn(5, 4), scratch=scratch)
+    sae.run(torch.randn(5, 4), scratch=scratch)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        first.x_hat.sum().backward()
+
+
+def test_a_method_with_an_activation_function_of_its_own_does_not_run_on_the_kernel_of_another():
+    sae = make(4, 9, 0.1, method="relu")
+    sae.method.forward = lambda pre_acts: pre_acts
+    assert (sae.run(torch.randn(50, 4)).latents < 0).any()
+
+
+@pytest.mark.parametrize("n, k", [(1, 1), (7, 3), (64, 1), (64, 64), (96, 5), (1536, 40)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_largest_are_those_of_topk(n, k, ties):
+    pre_acts = torch.randn(50, n, generator=torch.Generator().manual_seed(0))
+    pre_acts = pre_acts.round() if ties else pre_acts
+    values, indices = kernels.largest(pre_acts, k)
+    torch.testing.assert_close(values.sort(1).values, pre_acts.topk(k, dim=1).values.sort(1).values, rtol=0, atol=0)
+    assert torch.equal(pre_acts.gather(1, indices), values) and all(len(set(row.tolist())) == k for row in indices)
 
 
 def test_the_same_latent_active_for_many_tokens_collects_all_their_gradients():

@@ -93,7 +93,7 @@ def test_auxk_is_zero_with_nothing_dead():
 def test_auxk_reaches_the_dead_encoder_rows_and_no_others():
     sae, dead = SAE(16, 40, "topk", 4), torch.tensor([3, 17, 29])
     auxk_term(sae, X[:50], sae(X[:50]), dead, 8).backward()
-    touched = sae.W_enc.grad.abs().sum(1).nonzero().squeeze(1)
+    touched = sae.W_enc.grad.to_dense().abs().sum(1).nonzero().squeeze(1)
     assert torch.equal(touched, dead)
 
 
