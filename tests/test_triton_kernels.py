@@ -1,0 +1,186 @@
+"""The GPU's kernels against their plain twins: on a GPU where there is one, else in Triton's interpreter."""
+import os
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: it decides when it sees a kernel
+triton = pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
+
+from saelib import kernels, triton_kernels, triton_select  # noqa: E402
+
+DEVICE = "cuda" if ON_GPU else "cpu"
+SHAPES = [(5, 7, 3, 11), (33, 40, 1, 100), (12, 16, 70, 70), (1, 1, 1, 1), (20, 24, 17, 300)]  # batch, d, k, n
+EXACT = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def distinct(batch, k, n, seed=0):
+    """k different latents for each token."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([torch.randperm(n, generator=generator)[:k] for _ in range(batch)]).int().to(DEVICE)
+
+
+def dense(values, indices, n):
+    """The sparse matrix in full, duplicates added up."""
+    return torch.zeros(len(values), n, device=DEVICE).scatter_add_(1, indices.long(), values)
+
+
+def check_are_largest(values, indices, pre_acts, k):
+    assert values.shape == indices.shape == (len(pre_acts), k) and indices.dtype == torch.int32
+    assert all(len(set(row)) == k for row in indices.tolist())
+    torch.testing.assert_close(values, pre_acts.gather(1, indices.long()), **EXACT)
+    torch.testing.assert_close(values.sort(1).values, pre_acts.topk(k, 1).values.sort(1).values, **EXACT)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("batch, d, k, n", SHAPES)
+def test_select_finds_the_largest_pre_activations(batch, d, k, n, precision):
+    x, W_enc, b_enc = random(batch, d), random(n, d, seed=1), random(n, seed=2)
+    values, indices = triton_select.select(x, W_enc, b_enc, k, precision)
+    if precision == "fp32":
+        check_are_largest(values, indices, x @ W_enc.t() + b_enc, k)
+        return
+    twin = kernels.select(x, W_enc, b_enc, k, precision)
+    torch.testing.assert_close(values, (x @ W_enc.t() + b_enc).gather(1, indices.long()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(values.sort(1).values, twin[0].sort(1).values, rtol=1e-4, atol=0.05)
+
+
+def test_bf16_selection_agrees_with_the_exact_one_on_nearly_every_latent():
+    x, W_enc = random(24, 32), random(256, 32, seed=1)
+    _, indices = triton_select.select(x, W_enc, torch.zeros(256, device=DEVICE), 16, "bf16")
+    pre_acts = x @ W_enc.t()
+    chosen = dense(torch.ones(24, 16, device=DEVICE), indices, 256) > 0
+    exact = dense(torch.ones(24, 16, device=DEVICE), pre_acts.topk(16, 1).indices, 256) > 0
+    assert chosen.sum() == 24 * 16 and (chosen & exact).sum() / exact.sum() > 0.999
+
+
+def test_select_works_through_many_tokens_in_parts(monkeypatch):
+    monkeypatch.setattr(triton_select, "SCORES_AT_ONCE", 700)
+    x, W_enc, b_enc = random(20, 8), random(100, 8, seed=1), random(100, seed=2)
+    check_are_largest(*triton_select.select(x, W_enc, b_enc, 5), x @ W_enc.t() + b_enc, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tma", [False, True])
+def test_scores_are_the_product_and_the_maxima_are_those_of_its_groups(dtype, tma):
+    x, weight, bias = random(37, 24).to(dtype), random(150, 24, seed=1).to(dtype), random(150, seed=2)
+    scores, maxima = triton_select.scores(x, weight, bias, tma=tma)
+    exact = x.float() @ weight.float().t() + bias
+    torch.testing.assert_close(scores.float(), exact, **(EXACT if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}))
+    padded = torch.nn.functional.pad(scores.float(), (0, -150 % triton_select.GROUP), value=float("-inf"))
+    assert torch.equal(maxima.float(), padded.view(37, -1, triton_select.GROUP).amax(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n, k", [(1, 1), (64, 64), (65, 64), (200, 1), (333, 40)])
+def test_largest_orders_negatives_zeros_infinities_and_ties(dtype, n, k):
+    values = (random(6, n) * 4).round().div(4).to(dtype)
+    values[0], values[1], values[2] = -values[2].abs() - 1, 0.0, float("-inf")
+    values[3, n // 2] = float("inf")
+    found, places = triton_select.largest(values, k)
+    check_are_largest(found, places, values.float(), k)
+
+
+def test_a_tie_goes_to_the_lowest_place():
+    values = torch.tensor([[1.0, 2.0, 1.0, 1.0, 2.0, 1.0]], device=DEVICE)
+    assert sorted(triton_select.largest(values, 4)[1][0].tolist()) == [0, 1, 2, 4]
+
+
+def test_a_row_that_is_not_a_number_still_yields_k_places_within_it():
+    places = triton_select.largest(torch.full((2, 100), float("nan"), device=DEVICE), 7)[1]
+    assert all(len(set(row)) == 7 and 0 <= min(row) and max(row) < 100 for row in places.tolist())
+
+
+def test_groups_without_latents_are_never_chosen_from():
+    values = random(3, 40)
+    groups = torch.tensor([[1, 0]] * 3, dtype=torch.int32, device=DEVICE)  # group 1 has 8 latents only
+    check_are_largest(*triton_select.largest(values, 40, groups), values, 40)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch, d, k, n", SHAPES)
+def test_the_three_products_are_those_of_the_sparse_matrix(batch, d, k, n, dtype):
+    indices, values = distinct(batch, k, n), random(batch, k)
+    tokens, rows, active = random(batch, d, seed=1).to(dtype), random(n, d, seed=2).to(dtype), kernels.Active(indices, n)
+    if dtype == torch.float32:
+        torch.testing.assert_close(triton_kernels.decode(values, indices, rows), active.decode(values, rows), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(triton_kernels.dot(tokens, indices, rows), active.dot(tokens, rows), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(triton_kernels.sum_tokens(*active.by_latent, values, tokens, n), active.sum_tokens(values, tokens),
+                                   rtol=1e-4, atol=1e-4)
+    matrix, grouped = dense(values, indices, n), triton_kernels.group_by_latent(indices, n)
+    torch.testing.assert_close(triton_kernels.decode(values, indices, rows), matrix @ rows.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(triton_kernels.dot(tokens, indices, rows), (tokens.float() @ rows.float().t()).gather(1, indices.long()),
+                               rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(triton_kernels.sum_tokens(*grouped, values, tokens, n), matrix.t() @ tokens.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_latent_repeated_within_a_token_counts_each_time():
+    indices, values = torch.tensor([[2, 2, 0], [1, 1, 1]], dtype=torch.int32, device=DEVICE), random(2, 3)
+    tokens, rows, matrix = random(2, 5, seed=1), random(4, 5, seed=2), dense(values, indices, 4)
+    grouped = triton_kernels.group_by_latent(indices, 4)
+    torch.testing.assert_close(triton_kernels.decode(values, indices, rows), matrix @ rows, **EXACT)
+    torch.testing.assert_close(triton_kernels.sum_tokens(*grouped, values, tokens, 4), matrix.t() @ tokens, **EXACT)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 15, 16, 17])
+def test_a_latent_of_every_token_is_summed_wherever_its_pairs_begin(offset):
+    batch, chunk = 10 * triton_kernels.CHUNK, triton_kernels.CHUNK
+    indices = torch.full((batch, 1), 3, dtype=torch.int32, device=DEVICE)
+    indices[:offset] = 1  # moves the chunks against the latent; latents 0, 2 and 4 to 8 never fire
+    indices[-chunk // 2:] = 7
+    values, tokens = random(batch, 1), random(batch, 21, seed=1)
+    out = triton_kernels.sum_tokens(*triton_kernels.group_by_latent(indices, 9), values, tokens, 9)
+    torch.testing.assert_close(out, dense(values, indices, 9).t() @ tokens, rtol=1e-4, atol=1e-4)
+    assert not out[[0, 2, 4, 5, 6, 8]].any()
+
+
+def test_grouping_is_that_of_the_twin():
+    indices = distinct(50, 4, 30)
+    order, token_of, starts = triton_kernels.group_by_latent(indices, 30)
+    twin = kernels.Active(indices, 30).by_latent
+    assert torch.equal(order, twin[0]) and torch.equal(token_of, twin[1]) and torch.equal(starts[:-1], twin[2]) and starts[-1] == 200
+
+
+@pytest.mark.parametrize("n, d", [(9, 7), (5, 33), (3, 1)])
+def test_adam_with_unit_rows_is_tangent_gradient_then_adam_then_unit_norm(n, d):
+    start = torch.nn.functional.normalize(random(n, d), dim=1)
+    twin, ours = torch.nn.Parameter(start.clone()), start.clone()
+    adam = torch.optim.Adam([twin], lr=0.01, betas=(0.9, 0.999), eps=6.25e-10)
+    m, v = torch.zeros_like(ours), torch.zeros_like(ours)
+    for step in range(1, 5):
+        grad = random(n, d, seed=step)
+        tangent = grad - (grad * twin.detach()).sum(1, keepdim=True) * twin.detach()
+        torch.testing.assert_close(triton_kernels.tangent_square(grad, ours), tangent.square().sum(), rtol=1e-4, atol=1e-6)
+        clip = 1 / tangent.norm().clamp_min(1).reshape(1)
+        twin.grad = tangent * clip
+        adam.step()
+        with torch.no_grad():
+            twin /= twin.norm(dim=1, keepdim=True)
+        kept = grad.clone()
+        triton_kernels.adam_unit_rows(ours, grad, m, v, clip, lr=0.01, beta1=0.9, beta2=0.999, eps=6.25e-10, step=step)
+        assert torch.equal(grad, kept)
+        state = adam.state[twin]
+        if d > 1:  # in one dimension nothing but rounding is left of the gradient, and Adam makes it large
+            torch.testing.assert_close(ours, twin.detach(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(m, state["exp_avg"], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(v, state["exp_avg_sq"], rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(ours.norm(dim=1), torch.ones(n, device=DEVICE), **EXACT)
+
+
+@pytest.mark.parametrize("name, call", {
+    "k is 9": lambda: triton_select.select(random(2, 3), random(8, 3), random(8), 9),
+    "precision is 'fp8'": lambda: triton_select.select(random(2, 3), random(8, 3), random(8), 2, "fp8"),
+    "x.dtype is torch.float64": lambda: triton_select.select(random(2, 3).double(), random(8, 3).double(), random(8).double(), 2),
+    "tma is True": lambda: triton_select.scores(random(2, 3), random(8, 3), random(8), tma=True),
+    "starts is 3": lambda: triton_kernels.sum_tokens(*triton_kernels.group_by_latent(distinct(4, 2, 2), 2), random(4, 2), random(4, 3), 5),
+    "step is 0": lambda: triton_kernels.adam_unit_rows(*(random(2, 3),) * 4, random(1), lr=1.0, beta1=0.9, beta2=0.9, eps=1.0, step=0),
+}.items())
+def test_an_argument_that_breaks_its_rule_is_named(name, call):
+    with pytest.raises(ValueError, match=name.replace(".", r"\.") + ".*: it must be"):
+        call()
