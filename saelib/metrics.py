@@ -6,6 +6,8 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from saelib import dense
+
 BATCH = 2048
 MATCH = 0.9  # cosine similarity above which a decoder row counts as a true feature
 
@@ -42,16 +44,16 @@ def evaluate(sae, x: Tensor | Iterable[Tensor], mean: Tensor | None = None) -> d
     """
     device = sae.W_dec.device
     n_tokens, n_short, active, l1, fired = 0, 0, 0, 0.0, torch.zeros(sae.n_latents, dtype=torch.bool, device=device)
+    scratch = dense.Scratch()
     sums = {name: torch.zeros(sae.d_model, dtype=torch.float64, device=device) for name in ("x", "x²", "e", "e²")}
     for batch in rows(x):
         batch = batch.to(device)
         sae.check(batch)
-        latents = sae.encode(batch)
-        error = (batch - sae.decode(latents)).double()
-        on = latents != 0
-        n_tokens, active, l1 = n_tokens + len(batch), active + on.sum(), l1 + latents.abs().sum().double()
-        n_short += (on.sum(1) < getattr(sae.method, "k", 0)).sum()
-        fired |= on.any(0)
+        out = sae.run(batch, scratch=scratch)
+        error, l0 = (batch - out.x_hat).double(), (out.latents != 0).sum(1)
+        n_tokens, active, l1 = n_tokens + len(batch), active + l0.sum(), l1 + out.latents.sum().double()
+        n_short += (l0 < getattr(sae.method, "k", 0)).sum()
+        fired[out.fired()] = True
         for name, value in (("x", batch.double()), ("e", error)):
             sums[name] += value.sum(0)
             sums[name + "²"] += value.pow(2).sum(0)

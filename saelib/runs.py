@@ -27,7 +27,7 @@ PACKAGE = Path(__file__).parent
 DECIDING = ("dense", "kernels", "losses", "methods", "metrics", "runs", "sae", "sources", "subjects", "texts", "train", "triton_kernels",
             "triton_select", "variants")
 MEDIAN_ROWS = 8192
-BF16_WEIGHTS = 2**17
+BF16_WEIGHTS = 2**16
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Fit(NamedTuple):
 
 
 def pick_precision(precision: str, device: str, n_weights: int) -> str:
-    """The precision that "auto" stands for: bfloat16 where the hardware multiplies in it and the encoder has 2^17 weights
+    """The precision that "auto" stands for: bfloat16 where the hardware multiplies in it and the encoder has 2^16 weights
     or more, else float32, because casting costs a small SAE more than it gains."""
     if precision != "auto":
         return precision

@@ -22,6 +22,10 @@ class Output(NamedTuple):
     latents: Tensor
     active: kernels.Active | None
 
+    def fired(self) -> Tensor:
+        """What to index a tensor [n_latents] with, to get the latents that were active for any token."""
+        return self.latents.amax(0) > 0 if self.active is None else self.active.indices[self.latents > 0].long()
+
 
 class SAE(nn.Module):
     """A sparse autoencoder with a single hidden layer.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saelib import dense, kernels, losses
-from saelib.sae import SAE
+from saelib.sae import SAE, Output
 
 BETAS, EPS = (0.9, 0.999), 6.25e-10  # Paper: Appendix A.3
 LOG_POINTS = 100
@@ -83,15 +83,12 @@ class Loop:
             self.ema.load_state_dict(state["ema"])
 
     @torch.no_grad()
-    def count_fired(self, latents: Tensor, active) -> None:
+    def count_fired(self, out: Output) -> None:
         """Paper: §2.4 (dead latents). Tokens are counted, not steps."""
-        self.tokens_since_fired += len(latents)
-        if active is None:
-            self.tokens_since_fired[latents.amax(0) > 0] = 0
-        else:
-            self.tokens_since_fired[active.indices[latents > 0].long()] = 0
+        self.tokens_since_fired += len(out.x_hat)
+        self.tokens_since_fired[out.fired()] = 0
 
-    def terms(self, x: Tensor, out, penalty_scale: float, precision: str) -> dict[str, Tensor]:
+    def terms(self, x: Tensor, out: Output, penalty_scale: float, precision: str) -> dict[str, Tensor]:
         """The weighted terms of the loss. Their sum is optimised; the same dict is the log."""
         terms = {"squared_error": losses.squared_error(x, out.x_hat)}
         terms |= {name: penalty_scale * term for name, term in self.sae.method.penalty(self.sae, x, out).items()}
@@ -104,7 +101,7 @@ class Loop:
         """One step, in the order that the tests hold it to."""
         sae = self.sae
         out = sae.run(x, path, precision, self.scratch)
-        self.count_fired(out.latents.detach(), out.active)
+        self.count_fired(out)
         terms = self.terms(x, out, penalty_scale, precision)
         loss = sum(terms.values())
         terms = {name: term.detach() for name, term in terms.items()}

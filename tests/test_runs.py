@@ -127,6 +127,6 @@ def test_importing_saelib_loads_no_transformers_and_no_plots():
 
 
 def test_the_precision_is_chosen_by_hardware_and_size_and_can_be_set():
-    assert runs.pick_precision("auto", "cpu", 2**17 - 1) == "fp32" == runs.pick_precision("fp32", "cpu", 2**20)
+    assert runs.pick_precision("auto", "cpu", runs.BF16_WEIGHTS - 1) == "fp32" == runs.pick_precision("fp32", "cpu", 2**20)
     fast = runs.subjects.fast_dtype("cpu") == torch.bfloat16
-    assert runs.pick_precision("auto", "cpu", 2**17) == ("bf16" if fast else "fp32")
+    assert runs.pick_precision("auto", "cpu", runs.BF16_WEIGHTS) == ("bf16" if fast else "fp32")

@@ -110,7 +110,7 @@ def test_dead_is_counted_in_tokens_since_a_latent_fired():
     loop = Loop(SAE(16, 40, "topk", 4), 1e-3, 250, 0.0, 8, 0.0)
     out = loop.sae.run(X[:100])
     for _ in range(3):
-        loop.count_fired(out.latents, out.active)
+        loop.count_fired(out)
     fired = torch.zeros(40, dtype=torch.bool)
     fired[out.active.indices.flatten().long()] = True
     assert (loop.tokens_since_fired[fired] == 0).all() and (loop.tokens_since_fired[~fired] == 300).all()
