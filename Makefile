@@ -1,12 +1,16 @@
 # make book [PROFILE=laptop]   run every notebook at that profile, then build the site into _build/html
 # make test                    unit tests, notebooks against their committed outputs, strict build, browser
 # make notebooks               refresh the committed `quick` outputs in notebooks/
+# make bench                   time a training step beside floors, the plain loop and other libraries (7 minutes on two idle cores)
 # make links                   check the links to other sites (needs a network)
 # make clean                   remove the built site
 SHELL   := /bin/bash
 PYTHON  ?= python3
 VENV    ?= .venv
 BIN     := $(VENV)/bin
+# Other libraries take part in the benchmark where they are installed: `.venv/bin/pip install -e '.[peers]'`, or, to keep
+# the versions of constraints.txt apart from theirs, the same in a second environment and BENCH_PYTHON=its/bin/python.
+BENCH_PYTHON ?= $(BIN)/python
 PROFILE ?= laptop
 TEST_SITE := _build/test/_build/html
 
@@ -23,7 +27,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c c
 BUILD_BOOK  := $(BIN)/jupyter-book build . -W -n --keep-going --quiet
 step = @echo "[$$(date +%H:%M:%S)] $(1)"
 
-.PHONY: book test notebooks links clean
+.PHONY: book test notebooks bench links clean
 .DELETE_ON_ERROR:
 
 book: $(VENV)/.installed
@@ -50,6 +54,9 @@ test: $(VENV)/.installed
 notebooks: export OMP_NUM_THREADS ?= 1
 notebooks: $(VENV)/.installed
 	@$(BIN)/python tools/run.py --refresh-committed
+
+bench: $(VENV)/.installed
+	@$(BENCH_PYTHON) -m saelib.bench --out book/results/speed.jsonl
 
 links: $(VENV)/.installed
 	@BOOK_PROFILE=committed $(BIN)/jupyter-book build . --builder linkcheck --path-output _build/links

@@ -4,7 +4,7 @@
     python tools/run.py --refresh-committed [NOTEBOOK ...]   `quick`, into the outputs kept in notebooks/
 
 A run is finished when the copy in runs/PROFILE/ carries the hash of the code that would be run now: the code
-cells of the notebook, and saelib but for its plots.
+cells of the notebook, and saelib but for its plots. `--refresh-committed` keeps the output of a cell that measures time.
 """
 import argparse
 import contextlib
@@ -22,6 +22,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "saelib_run"  # the key of a run's record in a notebook's metadata
+MEASURED = "nbval-ignore-output"  # the tag of a cell that measures time: its committed output stays, for it would differ at every run
 PACKAGES = ("torch", "numpy", "transformers", "matplotlib")
 
 
@@ -40,7 +41,7 @@ def code_hash(notebook):
 
     digest = hashlib.sha256(runs.code_hash().encode())
     for module in sorted(ROOT.glob("saelib/*.py")):
-        if module.stem != "plots":
+        if module.stem not in ("plots", "speed_plots"):
             digest.update(module.read_bytes())
     for cell in code_cells(notebook):
         digest.update(b"\0" + cell.source.encode())
@@ -182,7 +183,9 @@ def refresh_committed(source):
         executed = execute(source, {}, scratch)
     notebook = nbformat.read(source, 4)
     for cell, done in zip(code_cells(notebook), code_cells(executed), strict=True):
-        cell.outputs, cell.execution_count = done.outputs, done.execution_count
+        if not (cell.outputs and MEASURED in cell.metadata.get("tags", [])):
+            cell.outputs = done.outputs
+        cell.execution_count = done.execution_count
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
     notebook.metadata = nbformat.from_dict(

@@ -1,0 +1,194 @@
+"""How long a training step takes, beside the floors under it, the ordinary loop and other libraries.
+
+    python -m saelib.bench                       every table, printed
+    python -m saelib.bench --only steps memory   some of them
+    python -m saelib.bench --out FILE            and kept, as JSON lines; a table replaces its older self from the same kind of device
+
+Each table is one interleaved run (see `saelib.timing`), written when it is done: interrupt at any time. On a GPU the tables
+are those that fit into eight minutes. Other libraries take part where they are installed (see `saelib.peers`).
+"""
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from saelib import metrics, runs, subjects, timing
+from saelib.contestants import CASES, Floor, Ours, Setting, auto_name, floors, ours, plain
+from saelib.parts import large_copy, parts, predict
+from saelib.peers import peers
+
+FIRST, WIDE = Setting(256, 4096, 32, 2048), Setting(768, 12288, 32, 4096)
+ON_GPU = [Setting(768, n, 32, batch, "cuda") for n in (32768, 131072) for batch in (8192, 65536)]
+AXES = {"n_latents": [2**i for i in range(10, 17)], "k": [2**i for i in range(3, 9)], "batch_size": [2**i for i in range(8, 14)]}
+FIT_STEPS = 40
+TARGET_MSE, TARGET_LR, TARGET_STEPS, TARGET_EVERY, TARGET_TOKENS = 0.2, 4e-3, 100, 5, 200_000
+GEMM = {"cpu": ("floor", "GEMM fp32"), "cuda": ("floor", "GEMM bf16")}
+
+
+def steps(settings: list[Setting], cases: tuple[str, ...], seconds: float) -> Iterator[dict]:
+    """Floors, our steps, the plain loop and the other libraries, for each setting."""
+    for s in settings:
+        makers = floors(s)
+        for case in cases:
+            makers |= {**ours(s, case, twin=case != "relu"), **plain(s, case), **peers(s, case)}
+        rows = timing.compare(makers, s.batches(2), GEMM[s.device], seconds / len(settings), f"steps, n = {s.n_latents}, batch {s.batch_size}")
+        yield from ({"table": "steps", "setting": asdict(s), "auto": auto_name(s), **row} for row in rows)
+
+
+def whole_fit(s: Setting, seconds: float) -> Iterator[dict]:
+    """`saelib.fit` as a user calls it: the time of its training loop, with loader and counters, over its steps."""
+    gemm, own = floors(s)[GEMM[s.device]](), Ours(s, "topk", precision=auto_name(s).split()[-1])
+    batches, data = s.batches(), torch.cat(s.batches(8))
+    times, n_dead = {"GEMM": [], "one step": [], "fit": []}, 0
+    for number in timing.rounds(seconds, "fit"):
+        x = batches[number % len(batches)]
+        times["GEMM"] += [statistics.median(timing.seconds_of(gemm.step, x) for _ in range(5))]
+        times["one step"] += [statistics.median(timing.seconds_of(own.step, x) for _ in range(5))]
+        fitted = runs.fit(data, "topk", s.k, n_latents=s.n_latents, n_tokens=FIT_STEPS * s.batch_size, batch_size=s.batch_size,
+                          device=s.device, progress=False)
+        times["fit"] += [fitted.metrics["seconds"] / FIT_STEPS]
+        n_dead = round(fitted.history[-1]["dead_fraction"] * s.n_latents)
+    for name, values in times.items():
+        yield {"table": "fit", "setting": asdict(s), "auto": auto_name(s), "case": "topk", "name": name, "ms": timing.quartiles(values, 1e3),
+               "ratio": timing.quartiles([value / gemm_value for value, gemm_value in zip(values, times["GEMM"])]), "rounds": len(values),
+               "differs": f"{FIT_STEPS} steps, {n_dead} dead at the end" if name == "fit" else ""}
+
+
+def curves(s: Setting, seconds: float) -> Iterator[dict]:
+    """The cost of a step against one size at a time."""
+    points = [(axis, replace(s, **{axis: value})) for axis, values in AXES.items() for value in values]
+    work = [point.n_latents * point.batch_size for _, point in points]
+    batches = replace(s, batch_size=max(s.batch_size, *AXES["batch_size"])).batches(2)
+    for (axis, point), share in zip(points, work):
+        makers = {GEMM[s.device]: floors(point)[GEMM[s.device]], **ours(point, "topk"), **plain(point, "topk")}
+        rows = timing.compare(makers, [x[: point.batch_size] for x in batches], GEMM[s.device], seconds * share / sum(work),
+                              f"{axis} = {getattr(point, axis)}", max_rounds=15)
+        yield from ({"table": "curves", "axis": axis, "setting": asdict(point), "auto": auto_name(point), **row} for row in rows)
+
+
+def taken_apart(settings: list[Setting], seconds: float) -> Iterator[dict]:
+    """The parts of a step, each alone, beside what its operations and bytes predict."""
+    for s in settings:
+        counted = parts(s) | {"large copy": large_copy(s.device)}
+        makers = {("part", name): (lambda part=part: Floor(part.step)) for name, part in counted.items()}
+        makers |= {GEMM[s.device]: floors(s)[GEMM[s.device]], **ours(s, "topk")}
+        rows = timing.compare(makers, s.batches(), GEMM[s.device], seconds / len(settings), f"parts, n = {s.n_latents}")
+        predict(rows, counted, "encoder product", "large copy")
+        yield from ({"table": "parts", "setting": asdict(s), **row} for row in rows)
+
+
+def memory(settings: list[Setting]) -> Iterator[dict]:
+    """Peak resident memory of training in a fresh process, over what the formula says it must hold."""
+    if not Path("/proc/self/status").exists():
+        return
+    for s in settings:
+        weights = 2 * s.n_latents * s.d_model + s.n_latents + s.d_model
+        needed = 4 * (4 * weights + 256 * s.n_latents + s.batch_size * s.d_model)  # parameters, gradients, two moments; a block; the batch
+        precision = auto_name(s).split()[-1]
+        peak = timing.peak_of_training(s.d_model, s.n_latents, s.k, s.batch_size, precision)
+        yield {"table": "memory", "setting": asdict(s), "case": "topk", "name": f"saelib, {precision}", "peak_bytes": peak, "needed_bytes": needed,
+               "ratio": timing.quartiles([peak / needed])}
+
+
+def target(device: str) -> Iterator[dict]:
+    """Seconds of training until the held-out normalized MSE on `pygpt` is below 0.2, and that MSE after equal tokens.
+
+    All contestants step on the same batches, five steps in a row each, in an order that rotates. Evaluation is not timed.
+    """
+    source = subjects.open_source("pygpt", TARGET_TOKENS, device=device)
+    s = replace(FIRST, d_model=source.d_model, device=device)
+    makers = {key: make for some in (ours, plain, peers) for key, make in some(s, "topk", TARGET_LR).items()}
+    x = next(source.batches(s.batch_size, 1, 1)).to(device)
+    warm, failed = timing.ready(makers, [x])
+    made = {key: makers[key]() for key in warm}  # again, for `ready` has trained those
+    spent, traces, keys = dict.fromkeys(made, 0.0), {key: [] for key in made}, list(made)
+    batches = [x.to(device) for x in source.batches(s.batch_size, TARGET_STEPS, 0)]
+    for at in tqdm(range(0, TARGET_STEPS, TARGET_EVERY), desc="seconds to a target", file=sys.stderr, leave=False):
+        for i in range(len(keys)):
+            key = keys[(i + at) % len(keys)]
+            spent[key] += sum(timing.seconds_of(made[key].step, x) for x in batches[at: at + TARGET_EVERY])
+            mse = metrics.evaluate(made[key].trained(), source.held_out[:8192], source.mean)["normalized_mse"]
+            traces[key].append([float(f"{spent[key]:.4g}"), float(f"{mse:.4g}")])
+    for (case, name), trace in traces.items():
+        reached = next((time_spent for time_spent, mse in trace if mse < TARGET_MSE), None)
+        yield {"table": "target", "setting": asdict(s), "auto": auto_name(s), "case": case, "name": name, "target": TARGET_MSE, "seconds": reached,
+               "normalized_mse": trace[-1][1], "tokens": TARGET_STEPS * s.batch_size, "trace": trace}
+    yield from ({"table": "target", "setting": asdict(s), "case": case, "name": name, "failed": why} for (case, name), why in failed.items())
+
+
+def tables(device: str, seconds: float) -> dict[str, tuple]:
+    """Name -> (what yields the table's rows, its arguments); the seconds are shared out."""
+    if device == "cuda":
+        return {"steps": (steps, ON_GPU, ("topk", "auxk"), seconds * 0.6), "fit": (whole_fit, ON_GPU[0], seconds * 0.05),
+                "parts": (taken_apart, ON_GPU[:1], seconds * 0.05), "target": (target, device)}
+    return {"steps": (steps, [FIRST], CASES, seconds * 0.2), "wide": (steps, [WIDE], ("topk",), seconds * 0.2),
+            "fit": (whole_fit, FIRST, seconds * 0.05), "memory": (memory, [FIRST, WIDE]), "parts": (taken_apart, [FIRST, WIDE], seconds * 0.15),
+            "target": (target, device), "curves": (curves, FIRST, seconds * 0.25)}
+
+
+def text(rows: list[dict]) -> str:
+    """The rows of one table as lines to read."""
+    lines = [f"\n{rows[0]['table']}: " + ", ".join(f"{name} {value}" for name, value in rows[0]["setting"].items())]
+    for row in rows:
+        said = f"{row['case']:6} {row['name']:22}"
+        if "failed" in row:
+            said += f" failed: {row['failed']}"
+        if "ms" in row:
+            said += f" {row['ms']['median']:9.2f} ms [{row['ms']['q1']:.2f}, {row['ms']['q3']:.2f}]"
+        if "ratio" in row:
+            said += f" {row['ratio']['median']:7.3f} [{row['ratio']['q1']:.3f}, {row['ratio']['q3']:.3f}]"
+        if "predicted_ms" in row:
+            said += f"  predicted {row['predicted_ms']:.2f} ms by {row['bound']}"
+        if "target" in row:
+            said += f" {row['seconds'] or float('nan'):7.2f} s to {row['target']}; {row['normalized_mse']:.4f} in the end"
+        lines.append(said + (f"  ({row['differs']})" if row.get("differs") else ""))
+    return "\n".join(lines)
+
+
+def identity(row: dict) -> tuple:
+    """What a newer row replaces: the same table at the same setting."""
+    return row["table"], row.get("axis"), json.dumps(row["setting"])
+
+
+def store(rows: list[dict], path: Path) -> None:
+    """Put rows into a file of JSON lines, in the place of older ones of the same tables and settings. Whole or not at all."""
+    new = {identity(row) for row in rows}
+    kept = [row for row in runs.read_rows(path) if identity(row) not in new] + rows
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    partial.replace(path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="tables; all by default")
+    parser.add_argument("--seconds-limit", type=float, default=400.0, metavar="S", help="about how long to measure in all")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="keep the rows there")
+    chosen = parser.parse_args(arguments)
+    device = runs.pick_device(chosen.device)
+    there = tables(device, chosen.seconds_limit)
+    unknown = set(chosen.only or ()) - set(there)
+    if unknown:
+        parser.error(f"--only is {sorted(unknown)[0]!r}: it must be one of {', '.join(there)}")
+    for name in chosen.only or there:
+        make, *rest = there[name]
+        for _, group in groupby(make(*rest), identity):
+            rows = [row | {"provenance": timing.machine(device), "date": time.strftime("%Y-%m-%d")} for row in group]
+            tqdm.write(text(rows))
+            if chosen.out:
+                store(rows, chosen.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The benchmark at tiny sizes: everyone runs, on the same work, and the rows say what they promise. Nothing is asserted of times."""
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from saelib import bench, contestants, parts, peers, speed_plots, timing
+from saelib.contestants import CASES, Ours, Plain, Setting
+
+TINY = Setting(32, 320, 4, 64)
+PROMISED = {"table", "setting", "case", "name", "ms", "ratio", "rounds", "differs"}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(bench, "FIRST", TINY)
+    monkeypatch.setattr(bench, "WIDE", Setting(16, 160, 2, 32))
+    monkeypatch.setattr(bench, "AXES", {"n_latents": [160, 320], "k": [2], "batch_size": [32, 64]})
+    monkeypatch.setattr(bench, "FIT_STEPS", 12)
+    monkeypatch.setattr(parts, "COPY_FLOATS", 2**12)
+
+
+def weights(contestant):
+    return [parameter.detach() for parameter in contestant.trained().parameters()]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+def test_the_plain_loop_and_ours_do_the_same_work(case, path):
+    own, plain = Ours(TINY, case, path), Plain(TINY, case)
+    for x in TINY.batches(3):
+        own.step(x)
+        plain.step(x)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights(own), weights(plain)))
+    assert not any(torch.equal(a, b) for a, b in zip(weights(own), [p.detach() for p in TINY.start(case).parameters()]))
+
+
+@pytest.mark.parametrize("kind", [Ours, Plain])
+def test_one_latent_in_twenty_stays_dead_and_auxk_trains_it(kind):
+    with_dead, start = kind(TINY, "auxk"), TINY.start("auxk")
+    for x in TINY.batches(4):
+        with_dead.step(x)
+    assert with_dead.n_dead() == 16 and kind(TINY, "topk").n_dead() == 0
+    moved = (with_dead.trained().W_enc - start.W_enc).detach().norm(dim=1)
+    assert (moved[::contestants.DEAD_EVERY] > 0).all()  # no other loss reaches them
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_other_libraries_begin_with_our_weights_and_keep_the_dead_dead(case):
+    for (_, name), make in peers.peers(TINY, case).items():
+        theirs = make()
+        for x in TINY.batches(2):
+            theirs.step(x)
+        assert theirs.n_dead() == (16 if case == "auxk" else 0), name
+        if case != "relu":
+            assert torch.allclose(theirs.trained().W_dec, TINY.start(case).W_dec, atol=1e-2), name
+
+
+def test_peers_are_offered_if_and_only_if_they_are_installed():
+    libraries = {"SAELens, dense": "sae_lens", "SAELens, sparse COO": "sae_lens", "dictionary_learning": "dictionary_learning",
+                 "sparsify": "sparsify"}
+    assert {name for _, name in peers.peers(TINY, "topk")} == {name for name, library in libraries.items() if importlib.util.find_spec(library)}
+
+
+@pytest.mark.parametrize("name", ["steps", "wide", "fit", "curves", "parts"])
+def test_every_row_keeps_its_promises_and_every_ratio_is_to_the_floor(small, name):
+    make, *rest = bench.tables("cpu", 0.0)[name]
+    rows = list(make(*rest))
+    assert rows and not any("failed" in row for row in rows) and json.loads(json.dumps(rows)) == rows
+    for row in rows:
+        assert PROMISED <= set(row) and all(set(row[key]) == {"median", "q1", "q3"} for key in ("ms", "ratio"))
+        assert row["ms"]["q1"] <= row["ms"]["median"] <= row["ms"]["q3"]
+    assert all(row["ratio"] == {"median": 1, "q1": 1, "q3": 1} for row in rows if row["name"] in ("GEMM fp32", "GEMM"))
+
+
+def test_a_ratio_is_the_median_over_rounds_and_not_the_ratio_of_medians():
+    assert timing.quartiles([1.0, 4.0, 2.0]) == {"median": 2, "q1": 1.5, "q3": 3}
+    assert timing.quartiles([2e-3], 1e3) == {"median": 2, "q1": 2, "q3": 2}
+
+
+def test_a_contestant_that_cannot_run_leaves_a_row_that_says_why():
+    def broken():
+        raise RuntimeError("no memory left")
+
+    x = torch.zeros(2, 2)
+    rows = timing.compare({("floor", "f"): lambda: contestants.Floor(lambda x: x.sum()), ("topk", "b"): broken}, [x], ("floor", "f"), 0.0, "t")
+    assert rows[-1] == {"case": "topk", "name": "b", "failed": "RuntimeError: no memory left"} and len(rows) == 2
+
+
+def test_the_predictions_of_the_two_floors_are_their_own_times(small):
+    make, *rest = bench.tables("cpu", 0.0)["parts"]
+    for row in make(*rest):
+        if row["name"] in ("encoder product", "large copy"):
+            assert row["predicted_ms"] == pytest.approx(row["ms"]["median"], rel=1e-3)
+        assert ("predicted_ms" in row) == (row["case"] == "part")
+
+
+def test_the_count_of_operations_is_that_of_the_paper():
+    counted = parts.parts(TINY)
+    assert counted["encoder product"].operations == 2 * 64 * 32 * 320
+    assert counted["decode"].operations == 2 * 64 * 4 * 32 and counted["Adam"].bytes == 28 * 2 * 320 * 32
+    assert counted["group by latent"].bytes == 4 * (2 + 8) * 64 * 4  # two passes over 2-byte keys
+
+
+def test_memory_is_measured_in_a_process_of_its_own(small):
+    rows = list(bench.memory([TINY]))
+    assert rows[0]["peak_bytes"] > 0 and rows[0]["needed_bytes"] == 4 * (4 * (2 * 320 * 32 + 320 + 32) + 256 * 320 + 64 * 32)
+
+
+def test_seconds_to_a_target_come_with_the_error_after_equal_tokens(small, monkeypatch):
+    monkeypatch.setattr(bench, "TARGET_STEPS", 10)
+    monkeypatch.setattr(bench, "TARGET_TOKENS", 700)
+    monkeypatch.setattr(bench, "TARGET_MSE", 1.5)
+    rows = {row["name"]: row for row in bench.target("cpu")}
+    assert {"saelib, fp32", "plain loop"} <= set(rows)
+    assert all(row["tokens"] == 640 and row["seconds"] == row["trace"][0][0] for row in rows.values())
+    assert rows["saelib, fp32"]["normalized_mse"] == pytest.approx(rows["plain loop"]["normalized_mse"], rel=1e-3)
+
+
+def test_main_prints_a_table_and_keeps_its_rows_once(small, tmp_path, capsys):
+    for _ in range(2):
+        bench.main(["--device", "cpu", "--only", "steps", "curves", "--seconds-limit", "0", "--out", str(tmp_path / "speed.jsonl")])
+    said = capsys.readouterr().out
+    assert "steps: d_model 32, n_latents 320, k 4, batch_size 64, device cpu" in said and "saelib, dense twin" in said
+    rows = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    keys = [(*bench.identity(row), row["case"], row["name"]) for row in rows]
+    assert len(keys) == len(set(keys))
+    assert {"torch", "hardware", "commit", "processor", "threads"} <= set(rows[0]["provenance"])
+    with pytest.raises(SystemExit):
+        bench.main(["--only", "nonsense"])
+
+
+def test_the_figures_list_every_row_they_draw(small):
+    at = {"provenance": timing.machine("cpu"), "date": "2026-01-02"}
+    rows_of = lambda name: [row | at for row in bench.tables("cpu", 0.0)[name][0](*bench.tables("cpu", 0.0)[name][1:])]
+    steps, curves = rows_of("steps"), rows_of("curves")
+    apart = [row for row in rows_of("parts") if row["case"] == "part" and row["setting"]["n_latents"] == 320]
+    assert len(speed_plots.multiples(steps).numbers) == len(steps)
+    assert len(speed_plots.against(curves).numbers) == len({(row["axis"], row["name"]) for row in curves})
+    assert len(speed_plots.apart(apart).numbers) == len(apart) == 10
+    assert all(picture.svg() for picture in (speed_plots.multiples(steps), speed_plots.against(curves), speed_plots.apart(apart)))
