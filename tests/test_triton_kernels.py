@@ -12,8 +12,15 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: it exist
 from saelib import kernels, triton_kernels, triton_select  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
-SHAPES = [(5, 7, 3, 11), (33, 40, 1, 100), (12, 16, 70, 70), (1, 1, 1, 1), (20, 24, 17, 300)]  # batch, d, k, n
+SHAPES = [(5, 7, 3, 11), (17, 40, 1, 100), (9, 16, 70, 70), (1, 1, 1, 1), (10, 24, 17, 300)]  # batch, d, k, n
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def memory_that_nobody_wrote_is_not_a_number():
+    torch.use_deterministic_algorithms(not ON_GPU)  # it fills new tensors with NaN, and forbids some of the twins on a GPU
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def random(*shape, seed=0):
@@ -51,6 +58,14 @@ def test_select_finds_the_largest_pre_activations(batch, d, k, n, precision):
     torch.testing.assert_close(values.sort(1).values, twin[0].sort(1).values, rtol=1e-4, atol=0.05)
 
 
+@pytest.mark.parametrize("latents", [[40, 100, 150, 300], [64, 65, 66, 95]])
+def test_select_finds_latents_that_are_alone_in_their_groups_and_latents_that_share_one(latents):
+    b_enc = torch.full((10 * triton_select.GROUP,), -100.0, device=DEVICE)
+    b_enc[latents] = 2.0
+    _, indices = triton_select.select(random(3, 8), random(len(b_enc), 8, seed=1) / 100, b_enc, 4)
+    assert indices.sort(1).values.tolist() == [latents] * 3
+
+
 def test_bf16_selection_agrees_with_the_exact_one_on_nearly_every_latent():
     x, W_enc = random(24, 32), random(256, 32, seed=1)
     _, indices = triton_select.select(x, W_enc, torch.zeros(256, device=DEVICE), 16, "bf16")
@@ -69,12 +84,12 @@ def test_select_works_through_many_tokens_in_parts(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tma", [False, True])
 def test_scores_are_the_product_and_the_maxima_are_those_of_its_groups(dtype, tma):
-    x, weight, bias = random(37, 24).to(dtype), random(150, 24, seed=1).to(dtype), random(150, seed=2)
+    x, weight, bias = random(300, 24).to(dtype), random(150, 24, seed=1).to(dtype), random(150, seed=2) - 100  # a maximum below 0
     scores, maxima = triton_select.scores(x, weight, bias, tma=tma)
     exact = x.float() @ weight.float().t() + bias
-    torch.testing.assert_close(scores.float(), exact, **(EXACT if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}))
+    torch.testing.assert_close(scores.float(), exact, **(EXACT if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-1}))
     padded = torch.nn.functional.pad(scores.float(), (0, -150 % triton_select.GROUP), value=float("-inf"))
-    assert torch.equal(maxima.float(), padded.view(37, -1, triton_select.GROUP).amax(2))
+    assert torch.equal(maxima.float(), padded.view(300, -1, triton_select.GROUP).amax(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

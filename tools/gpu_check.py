@@ -1,0 +1,253 @@
+"""Check every kernel of the GPU path at real sizes, then time each beside what stock PyTorch offers and the hardware's floor.
+
+    python -m tools.gpu_check --out rows.jsonl      (a GPU; about two minutes)
+    python -m tools.gpu_check --out rows.jsonl --tiny      (Triton's interpreter; the code, not the speed)
+
+Checks compare with float64 by ‖out - exact‖ / ‖exact‖, on memory that holds NaN until it is written. Timings are
+interleaved: in each round every contestant runs a few times in a row, in an order that rotates. A row of --out has the
+median and quartiles in ms; `bytes` and `flops` as the kernel's docstring counts them; `floor_ms`, the time in which this
+device moves `least_bytes` (everything once) or does `flops`, by its own copy and its own product; `per_gemm`, the time
+over that of the encoder's product in bfloat16.
+"""
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+TINY = "--tiny" in sys.argv
+if TINY:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+from saelib import kernels, triton_kernels, triton_select  # noqa: E402
+
+DEVICE = "cpu" if TINY else "cuda"
+BATCH, D, N, K = (10, 16, 256, 4) if TINY else (8192, 768, 32768, 32)
+ROUNDS, REPEATS = (1, 1) if TINY else (15, 4)
+BUDGET = 120  # seconds of timing
+QUEUE_CYCLES = 4_000_000  # about 2 ms: the launches to be timed queue up meanwhile, so that the host's pace is not timed
+ADAM = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 6.25e-10}
+TILES = [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 3), (128, 128, 64, 8, 4), (256, 128, 64, 8, 3), (64, 256, 64, 4, 3)]
+
+
+def inputs():
+    """Tokens, an SAE and gradients; 8 latents fire for about half of the tokens, others rarely or never."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    normal = partial(torch.randn, generator=generator, device=DEVICE)
+    b_enc = 0.5 * normal(N)
+    b_enc[:8] = 3.5
+    return {"x": normal(BATCH, D), "W_enc": F.normalize(normal(N, D), dim=1), "W_dec": F.normalize(normal(N, D), dim=1),
+            "b_enc": b_enc, "grad_out": normal(BATCH, D), "grad_rows": normal(N, D)}
+
+
+def error(ours, exact):
+    """‖ours - exact‖ / ‖exact‖; NaN where something was not written."""
+    return float((ours.double() - exact.double()).norm() / exact.double().norm())
+
+
+def check_selecting(t):
+    """Errors of the selection, each with its limit."""
+    exact = torch.addmm(t["b_enc"].double(), t["x"].double(), t["W_enc"].double().t())
+    best = exact.topk(K, dim=1).values.sort(1).values
+    cast = torch.addmm(t["b_enc"].double(), t["x"].bfloat16().double(), t["W_enc"].bfloat16().double().t())
+    for tma in (True, False):
+        pre_acts, maxima = triton_select.scores(t["x"].bfloat16(), t["W_enc"].bfloat16(), t["b_enc"], tma=tma)
+        yield f"scores bf16 tma={tma}", error(pre_acts, cast), 4e-3 if TINY else 2.5e-3  # the interpreter cuts off where a GPU rounds
+        yield f"maxima bf16 tma={tma}", error(maxima, pre_acts.view(BATCH, -1, triton_select.GROUP).amax(2)), 0.0
+    groups = triton_select.largest(maxima, min(K, maxima.shape[1]))[1]
+    yield "largest of groups", error(triton_select.largest(pre_acts, K, groups)[0].sort(1).values, pre_acts.topk(K, 1).values.sort(1).values), 0.0
+    for precision, tolerance in (("fp32", 1e-6), ("bf16", 1e-4)):
+        values, indices = triton_select.select(t["x"], t["W_enc"], t["b_enc"], K, precision)
+        yield f"select {precision}: its own values", error(values, exact.gather(1, indices.long())), 1e-6
+        yield f"select {precision}: against the best", error(values.sort(1).values, best), tolerance
+        missed = (indices.long().sort(1).values[:, 1:] == indices.long().sort(1).values[:, :-1]).double().mean()
+        yield f"select {precision}: latents named twice", float(missed), 0.0
+
+
+def check_products(t):
+    """Errors of the three products, each with its limit."""
+    values, indices = triton_select.select(t["x"], t["W_enc"], t["b_enc"], K, "bf16")
+    grouped = triton_kernels.group_by_latent(indices, N)
+    matrix = torch.zeros(BATCH, N, dtype=torch.float64, device=DEVICE).scatter_add_(1, indices.long(), values.double())
+    yield "decode", error(triton_kernels.decode(values, indices, t["W_dec"]), matrix @ t["W_dec"].double()), 1e-6
+    products = (t["grad_out"].double() @ t["W_dec"].double().t()).gather(1, indices.long())
+    yield "dot", error(triton_kernels.dot(t["grad_out"], indices, t["W_dec"]), products), 1e-6
+    out = triton_kernels.sum_tokens(*grouped, values, t["grad_out"], N)
+    yield "sum_tokens", error(out, matrix.t() @ t["grad_out"].double()), 1e-6
+    again = triton_kernels.sum_tokens(*grouped, values, t["grad_out"], N)
+    yield "sum_tokens: two runs differ", float(not torch.equal(out, again)), 0.0
+    share = (indices.long().flatten().bincount(minlength=N).max() / BATCH).item()
+    print(f"   the most frequent latent fires for {share:.0%} of the tokens", flush=True)
+
+
+def check_adam(t):
+    """Errors of three steps of Adam with unit rows, each with its limit."""
+    rows, m, v = t["W_dec"].clone(), torch.zeros(N, D, device=DEVICE), torch.zeros(N, D, device=DEVICE)
+    exact = torch.nn.Parameter(rows.double())
+    adam = torch.optim.Adam([exact], lr=ADAM["lr"], betas=(ADAM["beta1"], ADAM["beta2"]), eps=ADAM["eps"])
+    for step in (1, 2, 3):
+        grad, own = t["grad_rows"].double() * step, exact.detach()
+        tangent = grad - (grad * own).sum(1, keepdim=True) * own
+        yield f"tangent_square {step}", error(triton_kernels.tangent_square(grad.float(), rows), tangent.square().sum()), 1e-5
+        clip = (1 / (tangent.norm() + 1e-6)).clamp(max=1.0).reshape(1)
+        exact.grad = tangent * clip
+        adam.step()
+        with torch.no_grad():
+            exact /= exact.norm(dim=1, keepdim=True)
+        triton_kernels.adam_unit_rows(rows, grad.float(), m, v, clip.float(), **ADAM, step=step)
+    yield "adam_unit_rows", error(rows, exact.detach()), 1e-6
+    yield "adam_unit_rows: m", error(m, adam.state[exact]["exp_avg"]), 1e-5
+
+
+def stock_adam(t):
+    """The same step by stock operations: project, fused Adam, normalise."""
+    rows = torch.nn.Parameter(t["W_dec"].clone())
+    rows.grad, adam = t["grad_rows"].clone(), torch.optim.Adam([rows], lr=1e-3, fused=True)
+
+    @torch.no_grad()
+    def step():
+        rows.grad.addcmul_((rows.grad * rows).sum(1, keepdim=True), rows, value=-1)
+        torch.nn.utils.clip_grad_norm_([rows], 1.0)
+        adam.step()
+        rows.div_(rows.norm(dim=1, keepdim=True))
+    return step
+
+
+def contestants(t):
+    """name -> (call, bytes as the docstrings count, least bytes, operations)."""
+    x, W_enc, W_dec, b_enc, grad = (t[name] for name in ("x", "W_enc", "W_dec", "b_enc", "grad_out"))
+    x16, W16, b16 = x.bfloat16(), W_enc.bfloat16(), b_enc.bfloat16()
+    values, indices = triton_select.select(x, W_enc, b_enc, K, "bf16")
+    grouped, active = triton_kernels.group_by_latent(indices, N), kernels.Active(indices, N)
+    active.by_latent  # grouped once, outside the timing of what uses it
+    scores, maxima = triton_select.scores(x16, W16, b_enc)
+    n_kept, big = K + max(4, round(K * kernels.MARGIN)), torch.empty(2**24 if TINY else 2**30, dtype=torch.uint8, device=DEVICE)
+    groups = triton_select.largest(maxima, min(n_kept, maxima.shape[1]))[1]
+    square, m, v = torch.randn(64 if TINY else 8192, 64 if TINY else 8192, device=DEVICE).bfloat16(), torch.zeros_like(W_dec), torch.zeros_like(W_dec)
+    rows, clip, ops, out16 = W_dec.clone(), torch.ones(1, device=DEVICE), 2 * BATCH * N * D, torch.empty_like(scores)
+    product = 2 * (BATCH * D + N * D + BATCH * N)
+    gathered, pairs = 4 * BATCH * (K * D + D + 2 * K), 2 * BATCH * K * D
+    least, summed = 4 * (N * D + BATCH * D + 2 * BATCH * K), 4 * (BATCH * K * (D + 4) + N * D)
+    picked = product + 2 * BATCH * (N // 32 + n_kept * 32) + 4 * BATCH * n_kept * D
+    all_of = {
+        "copy": (lambda: big.clone(), 2 * big.numel(), 2 * big.numel(), 0),
+        "square product bf16": (lambda: square @ square, 6 * len(square) ** 2, 6 * len(square) ** 2, 2 * len(square) ** 3),
+        "encoder product bf16 (stock)": (lambda: torch.addmm(b16, x16, W16.t(), out=out16), product, product, ops),
+        "scores bf16": (lambda: triton_select.scores(x16, W16, b_enc), product, product, ops),
+        "maxima of the product (stock)": (lambda: scores.view(BATCH, -1, triton_select.GROUP).amax(2), 2 * BATCH * N, 2 * BATCH * N, 0),
+        "largest maxima": (lambda: triton_select.largest(maxima, n_kept), 2 * maxima.numel(), 2 * maxima.numel(), 0),
+        "largest maxima (stock)": (lambda: maxima.topk(min(n_kept, maxima.shape[1]), sorted=False), 2 * maxima.numel(), 2 * maxima.numel(), 0),
+        "largest of groups": (lambda: triton_select.largest(scores, n_kept, groups), 64 * groups.numel(), 64 * groups.numel(), 0),
+        "largest of all": (lambda: triton_select.largest(scores, n_kept), 2 * BATCH * N, 2 * BATCH * N, 0),
+        "largest of all (stock topk)": (lambda: scores.topk(n_kept, sorted=False), 2 * BATCH * N, 2 * BATCH * N, 0),
+        "cast W_enc": (lambda: W_enc.bfloat16(), 6 * N * D, 6 * N * D, 0),
+        "select bf16": (lambda: triton_select.select(x, W_enc, b_enc, K, "bf16"), picked, 4 * (BATCH * D + N * D + 2 * BATCH * K), ops),
+        "decode": (lambda: triton_kernels.decode(values, indices, W_dec), gathered, least, pairs),
+        "decode (stock)": (lambda: active.decode(values, W_dec), gathered, least, pairs),
+        "dot": (lambda: triton_kernels.dot(grad, indices, W_dec), gathered, least, pairs),
+        "dot (stock)": (lambda: active.dot(grad, W_dec), gathered, least, pairs),
+        "group": (lambda: triton_kernels.group_by_latent(indices, N), 40 * BATCH * K, 16 * BATCH * K, 0),
+        "group (stock)": (lambda: kernels.Active(indices, N).by_latent, 40 * BATCH * K, 16 * BATCH * K, 0),
+        "sum_tokens": (lambda: triton_kernels.sum_tokens(*grouped, values, grad, N), summed, least, pairs),
+        "sum_tokens (stock)": (lambda: active.sum_tokens(values, grad), summed, least, pairs),
+        "tangent_square": (lambda: triton_kernels.tangent_square(t["grad_rows"], rows), 8 * N * D, 8 * N * D, 0),
+        "adam_unit_rows": (lambda: triton_kernels.adam_unit_rows(rows, t["grad_rows"], m, v, clip, **ADAM, step=9), 28 * N * D, 28 * N * D, 0),
+        "tangent_square + adam_unit_rows (stock)": (stock_adam(t), 80 * N * D, 28 * N * D, 0),
+        "select fp32": (lambda: triton_select.select(x, W_enc, b_enc, K, "fp32"), 2 * product, 4 * (BATCH * D + N * D), ops),
+        "encoder product fp32 (stock)": (lambda: torch.addmm(b_enc, x, W_enc.t()), 2 * product, 2 * product, ops),
+    }
+    for down, across, inner, warps, stages in [] if TINY else TILES:
+        config = {"BLOCK_M": down, "BLOCK_N": across, "BLOCK_K": inner, "num_warps": warps, "num_stages": stages}
+        for tma in (True, False):
+            all_of[f"scores bf16 {down}x{across}x{inner}, {warps} warps, {stages} stages, tma={tma}"] = (
+                partial(triton_select.scores, x16, W16, b_enc, tma=tma, **config), product, product, ops)
+    return all_of
+
+
+def milliseconds(call):
+    """How long a few calls in a row take, each."""
+    if TINY:
+        before = time.perf_counter()
+        call()
+        taken = (time.perf_counter() - before) * 1e3
+        return lambda: taken
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(QUEUE_CYCLES)
+    begin.record()
+    for _ in range(REPEATS):
+        call()
+    end.record()
+    return lambda: begin.elapsed_time(end) / REPEATS
+
+
+def interleave(calls):
+    """name -> milliseconds of each round. One that cannot run is left out, and said."""
+    deadline, times = time.monotonic() + BUDGET, {}
+    for name, (call, *_) in calls.items():
+        try:
+            call()
+            times[name] = []
+        except Exception as problem:  # a stock operation, or a tile too large for this device: say so and go on
+            print(f"   {name} does not run here: {type(problem).__name__}: {str(problem)[:200]}", flush=True)
+    for r in range(ROUNDS):
+        names = list(times)
+        names, taken = names[r % len(names):] + names[:r % len(names)], {}
+        for name in names:
+            taken[name] = milliseconds(calls[name][0])
+        if not TINY:
+            torch.cuda.synchronize()
+        for name in names:
+            times[name].append(taken[name]())
+        if time.monotonic() > deadline:
+            break
+    return times
+
+
+def write_rows(calls, times, out):
+    """Append a row for each contestant and print them as a table."""
+    median = {name: statistics.median(values) for name, values in times.items()}
+    speed, rate = calls["copy"][2] / median["copy"], calls["square product bf16"][3] / median["square product bf16"]
+    print(f"copies {speed / 1e6:.0f} GB/s, multiplies {rate / 1e9:.0f} TFLOP/s in bf16, {len(times['copy'])} rounds")
+    print(f"{'':75} {'ms':>9} {'q1':>9} {'q3':>9} {'GB/s':>7} {'TFLOP/s':>8} {'/floor':>7} {'/gemm':>6}")
+    with open(out, "a") as file:
+        for name, values in times.items():
+            _, n_bytes, least, flops = calls[name]
+            q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+            ms, floor = median[name], max(least / speed, flops / rate if "fp32" not in name else 0)
+            row = {"name": name, "shape": {"batch": BATCH, "d": D, "n": N, "k": K}, "ms": ms, "q1": q1, "q3": q3, "rounds": len(values),
+                   "bytes": n_bytes, "least_bytes": least, "flops": flops, "gb_per_s": n_bytes / ms / 1e6, "tflop_per_s": flops / ms / 1e9,
+                   "floor_ms": floor, "per_floor": ms / floor, "per_gemm": ms / median["encoder product bf16 (stock)"],
+                   "device": "interpreter" if TINY else torch.cuda.get_device_name(), "torch": torch.__version__}
+            file.write(json.dumps(row) + "\n")
+            print(f"{name:75} {ms:9.4f} {q1:9.4f} {q3:9.4f} {row['gb_per_s']:7.0f} {row['tflop_per_s']:8.1f} {row['per_floor']:7.2f} "
+                  f"{row['per_gemm']:6.2f}", flush=True)
+
+
+def main():
+    """Check, time, write; exit 1 if a check fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="file of JSON lines to append to")
+    parser.add_argument("--tiny", action="store_true", help="small shapes in Triton's interpreter")
+    out, begin, failed = parser.parse_args().out, time.monotonic(), 0
+    t = inputs()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
+    for check in (check_selecting, check_products, check_adam):
+        for name, value, limit in check(t):
+            holds = value <= limit  # NaN does not
+            failed += not holds
+            print(f"{'ok' if holds else 'WRONG':5} {name:40} {value:.2e} (limit {limit:.0e})", flush=True)
+    torch.use_deterministic_algorithms(False)
+    print(f"checks took {time.monotonic() - begin:.0f} s, {failed} failed", flush=True)
+    calls = contestants(t)
+    write_rows(calls, interleave(calls), out)
+    print(f"{time.monotonic() - begin:.0f} s in all")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
