@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from tools.check_site import Site
@@ -129,6 +130,27 @@ def test_a_page_says_how_long_it_takes_and_offers_the_notebook(book):
     line = re.search(r'class="chapter-line.*?</div>', book.page("notebooks/01_toy"), re.DOTALL)[0]
     for fact in ("min to read", "ran in 75 s at", "01_toy.ipynb"):
         assert fact in line
+
+
+@pytest.mark.parametrize(
+    ("url", "places"),
+    [
+        ("https://github.com/someone/fork", {
+            "https://colab.research.google.com/github/someone/fork/blob/main/notebooks/01_toy.ipynb",
+            "https://mybinder.org/v2/gh/someone/fork/main?urlpath=lab/tree/notebooks/01_toy.ipynb",
+            "https://github.com/someone/fork/edit/main/notebooks/01_toy.ipynb",
+            "https://github.com/someone/fork/issues/new",
+        }),
+        ("", set()),
+    ],
+)
+def test_the_buttons_lead_to_the_repository_or_are_not_there(book, url, places):
+    conf = CONF.replace('"executed"', '"executed", "repository"') + f'html_theme = "sphinx_book_theme"\nhtml_theme_options = {{}}\nbook_repository = "{url}"\n'
+    (book.folder / "conf.py").write_text(conf)
+    assert book.build() == ""
+    page = BeautifulSoup(book.page("notebooks/01_toy"), "html.parser")
+    links = {tag["href"].partition("?title")[0] for tag in page.select(".article-header-buttons a[href^='https:'], .header-article a[href^='https:']")}
+    assert links - {url} == places
 
 
 def test_the_injected_parameters_are_not_shown(book):

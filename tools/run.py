@@ -21,17 +21,21 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tools.launch import is_launch, put_launch_cell, repository_url  # noqa: E402
+
 RECORD = "saelib_run"  # the key of a run's record in a notebook's metadata
 MEASURED = "nbval-ignore-output"  # the tag of a cell that measures time: its committed output stays, for it would differ at every run
 PACKAGES = ("torch", "numpy", "transformers", "matplotlib")
 
 
 def code_cells(notebook):
-    """The code cells that the author wrote: papermill's injected parameters are not among them."""
+    """The code cells that the author wrote: neither papermill's injected parameters nor the launch cell."""
     return [
         cell
         for cell in notebook.cells
-        if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
+        if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", []) and not is_launch(cell)
     ]
 
 
@@ -177,11 +181,13 @@ def run_into_runs(source, profile):
 def refresh_committed(source):
     """Run one notebook at `quick` and put the outputs, and nothing else that changes, into its committed copy."""
     parameters_of(source)
+    notebook = nbformat.read(source, 4)
+    put_launch_cell(notebook, repository_url())
+    replace_file(source, notebook)
     say(f"{source.stem}: started")
     start = time.monotonic()
     with scratch_beside(source) as scratch:
         executed = execute(source, {}, scratch)
-    notebook = nbformat.read(source, 4)
     for cell, done in zip(code_cells(notebook), code_cells(executed), strict=True):
         if not (cell.outputs and MEASURED in cell.metadata.get("tags", [])):
             cell.outputs = done.outputs
