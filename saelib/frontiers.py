@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from saelib.runs import RunConfig, sweep
+from saelib.runs import RunConfig
+from saelib.sweeps import sweep
 
 
 def at_l0(points: Sequence[tuple[float, float]], l0: float) -> float:

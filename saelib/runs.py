@@ -1,15 +1,10 @@
-"""Experiments as data: one run, many runs, and the rows that they leave."""
+"""Experiments as data: one run, and the row that it leaves."""
 import hashlib
 import importlib.metadata
-import json
-import os
 import platform
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -179,70 +174,3 @@ def run(config: RunConfig, device: str = "auto", on_tokens=None, checkpoint: Pat
     result = fit_source(open_source(config, device), config, device, on_tokens, checkpoint)
     made = provenance(device) | {"precision": pick_precision(config.precision, device, result.sae.W_enc.numel())}
     return {"config": asdict(config), "metrics": result.metrics, "provenance": made, "date": time.strftime("%Y-%m-%d")}
-
-
-def read_rows(store: Path | str) -> list[dict]:
-    """The rows of a store, in the order in which they were written. A torn last line, left by a kill, is cut off."""
-    store = Path(store)
-    if not store.exists():
-        return []
-    text = store.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        os.truncate(store, len(whole.encode()))
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, device: str = "auto", progress: bool = True) -> list[dict]:
-    """The rows of `configs`, in their order: read from the store where it has them, run where it lacks them.
-
-    A row counts only if the code that made it is the code that is here. Members run side by side, a thread and a core
-    each, so that a row does not depend on how many cores there are. Each row is written when it is done: kill the sweep,
-    and the next call goes on from there.
-
-    Args:
-        configs: what to run.
-        store: a file of JSON lines; None keeps nothing.
-        device: "cpu", "cuda", or "auto".
-        progress: show a progress bar on stderr.
-
-    Returns:
-        One row (see `run`) for each config.
-    """
-    configs, device = list(configs), pick_device(device)
-    done = {json.dumps(row["config"]): row for row in read_rows(store) if row["provenance"]["code"] == code_hash()} if store else {}
-    todo = [config for config in dict.fromkeys(configs) if json.dumps(asdict(config)) not in done]
-    if store and todo:
-        Path(store).parent.mkdir(parents=True, exist_ok=True)
-    stop, writing = threading.Event(), threading.Lock()
-    bar = tqdm(total=sum(c.n_tokens for c in todo), unit="tok", unit_scale=True, disable=not (progress and todo),
-               mininterval=2, desc=f"{len(todo)} runs", file=sys.stderr)
-
-    def count(n: int) -> None:
-        bar.update(n)
-        if stop.is_set():
-            raise KeyboardInterrupt
-
-    def member(config: RunConfig) -> None:
-        if device == "cpu":
-            torch.set_num_threads(1)
-        row = run(config, device, count)
-        with writing:
-            done[json.dumps(row["config"])] = row
-            if store:
-                with open(store, "a") as file:
-                    file.write(json.dumps(row) + "\n")
-
-    n_threads = torch.get_num_threads()
-    with bar, ThreadPoolExecutor(1 if device == "cuda" else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) as pool:
-        futures = [pool.submit(member, config) for config in todo]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
-        finally:
-            torch.set_num_threads(n_threads)
-    return [done[json.dumps(asdict(config))] for config in configs]

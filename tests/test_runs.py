@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import saelib
-from saelib import profiles, runs
+from saelib import profiles, runs, sweeps
 from saelib.runs import RunConfig
 
 
@@ -61,8 +61,8 @@ def test_a_row_says_what_was_asked_measured_and_where(tmp_path):
 def test_a_sweep_runs_only_what_the_store_lacks(tmp_path, monkeypatch):
     store = tmp_path / "rows.jsonl"
     first = saelib.sweep([config(), config(seed=1)], store, progress=False)
-    ran, run = [], runs.run
-    monkeypatch.setattr(runs, "run", lambda c, *a: (ran.append(c.seed), run(c, *a))[1])
+    ran, run = [], sweeps.run
+    monkeypatch.setattr(sweeps, "run", lambda c, *a: (ran.append(c.seed), run(c, *a))[1])
     again = saelib.sweep([config(seed=2), config(), config(seed=1)], store, progress=False)
     assert ran == [2] and again[1:] == first and [r["config"]["seed"] for r in again] == [2, 0, 1]
 
@@ -74,17 +74,18 @@ def test_a_torn_last_line_is_run_again_and_the_rest_is_kept(tmp_path):
     store.write_text(lines[0] + "\n" + lines[1][:40])
     again = saelib.sweep([config(), config(seed=1)], store, progress=False)
     assert sorted(json.dumps(metrics_of(r)) for r in again) == sorted(json.dumps(metrics_of(r)) for r in rows)
-    assert len(runs.read_rows(store)) == 2
+    assert len(sweeps.read_rows(store)) == 2
 
 
 def test_rows_of_other_code_do_not_count(tmp_path, monkeypatch):
     store = tmp_path / "rows.jsonl"
     saelib.sweep([config()], store, progress=False)
-    monkeypatch.setattr(runs, "code_hash", lambda: "changed")
+    for module in (runs, sweeps):
+        monkeypatch.setattr(module, "code_hash", lambda: "changed")
     runs.provenance.cache_clear()
     saelib.sweep([config()], store, progress=False)
     runs.provenance.cache_clear()
-    assert [r["provenance"]["code"] for r in runs.read_rows(store)][1] == "changed"
+    assert [r["provenance"]["code"] for r in sweeps.read_rows(store)][1] == "changed"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -102,7 +103,7 @@ def test_one_failing_member_stops_the_sweep_and_keeps_what_was_done(tmp_path):
     store = tmp_path / "rows.jsonl"
     with pytest.raises(ValueError, match="sparsity is 500"):
         saelib.sweep([config(), config(sparsity=500)], store, progress=False)
-    assert all(r["config"]["sparsity"] == 4 for r in runs.read_rows(store))
+    assert all(r["config"]["sparsity"] == 4 for r in sweeps.read_rows(store))
 
 
 def test_progress_goes_to_stderr_and_can_be_silent(capsys):
@@ -130,3 +131,11 @@ def test_the_precision_is_chosen_by_hardware_and_size_and_can_be_set():
     assert runs.pick_precision("auto", "cpu", runs.BF16_WEIGHTS - 1) == "fp32" == runs.pick_precision("fp32", "cpu", 2**20)
     fast = runs.subjects.fast_dtype("cpu") == torch.bfloat16
     assert runs.pick_precision("auto", "cpu", runs.BF16_WEIGHTS) == ("bf16" if fast else "fp32")
+
+
+def test_tasks_side_by_side_keep_their_order_have_a_core_each_and_stop_at_the_first_error():
+    before = torch.get_num_threads()
+    assert sweeps.side_by_side(lambda item: (item, torch.get_num_threads()), range(5)) == [(item, 1) for item in range(5)]
+    with pytest.raises(ZeroDivisionError):
+        sweeps.side_by_side(lambda item: 1 / item, [1, 0, 2])
+    assert torch.get_num_threads() == before

@@ -1,0 +1,101 @@
+"""Many runs: side by side on the cores that are there, and their rows in a store that survives being killed."""
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from saelib.runs import RunConfig, code_hash, pick_device, run
+
+
+def read_rows(store: Path | str) -> list[dict]:
+    """The rows of a store, in the order in which they were written. A torn last line, left by a kill, is cut off."""
+    store = Path(store)
+    if not store.exists():
+        return []
+    text = store.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        os.truncate(store, len(whole.encode()))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def side_by_side(task: Callable, items: Iterable, device: str = "cpu", stop: threading.Event | None = None) -> list:
+    """[task(item) for item in items], as many at once as there are cores, a thread each; one after another on a GPU.
+
+    A small SAE gains little from a second core, and two of them gain all of it.
+
+    Args:
+        task: called with one item.
+        items: what to call it with.
+        device: "cpu", "cuda", or "auto".
+        stop: is set when a task fails or the user interrupts, for the tasks under way to look at.
+    """
+    n_threads, on_cpu = torch.get_num_threads(), pick_device(device) == "cpu"
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+    def alone(item):
+        if on_cpu:
+            torch.set_num_threads(1)
+        return task(item)
+
+    with ThreadPoolExecutor(n_cores if on_cpu else 1) as pool:
+        futures = [pool.submit(alone, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            if stop:
+                stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            torch.set_num_threads(n_threads)
+
+
+def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, device: str = "auto", progress: bool = True) -> list[dict]:
+    """The rows of `configs`, in their order: read from the store where it has them, run where it lacks them.
+
+    A row counts only if the code that made it is the code that is here. Members run side by side, a thread and a core
+    each, so that a row does not depend on how many cores there are. Each row is written when it is done: kill the sweep,
+    and the next call goes on from there.
+
+    Args:
+        configs: what to run.
+        store: a file of JSON lines; None keeps nothing.
+        device: "cpu", "cuda", or "auto".
+        progress: show a progress bar on stderr.
+
+    Returns:
+        One row (see `run`) for each config.
+    """
+    configs, device = list(configs), pick_device(device)
+    done = {json.dumps(row["config"]): row for row in read_rows(store) if row["provenance"]["code"] == code_hash()} if store else {}
+    todo = [config for config in dict.fromkeys(configs) if json.dumps(asdict(config)) not in done]
+    if store and todo:
+        Path(store).parent.mkdir(parents=True, exist_ok=True)
+    stop, writing = threading.Event(), threading.Lock()
+    bar = tqdm(total=sum(c.n_tokens for c in todo), unit="tok", unit_scale=True, disable=not (progress and todo),
+               mininterval=2, desc=f"{len(todo)} runs", file=sys.stderr)
+
+    def count(n: int) -> None:
+        bar.update(n)
+        if stop.is_set():
+            raise KeyboardInterrupt
+
+    def member(config: RunConfig) -> None:
+        row = run(config, device, count)
+        with writing:
+            done[json.dumps(row["config"])] = row
+            if store:
+                with open(store, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+    with bar:
+        side_by_side(member, todo, device, stop)
+    return [done[json.dumps(asdict(config))] for config in configs]
