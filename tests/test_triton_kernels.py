@@ -1,5 +1,7 @@
 """The GPU's kernels against their plain twins: on a GPU where there is one, else in Triton's interpreter."""
+import ast
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -199,3 +201,10 @@ def test_adam_with_unit_rows_is_tangent_gradient_then_adam_then_unit_norm(n, d):
 def test_an_argument_that_breaks_its_rule_is_named(name, call):
     with pytest.raises(ValueError, match=name.replace(".", r"\.") + ".*: it must be"):
         call()
+
+
+def test_nothing_imports_these_modules_before_it_needs_them():
+    for path in Path(triton_kernels.__file__).parent.glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import | ast.ImportFrom) and not path.stem.startswith("triton_"):
+                assert "triton" not in ast.unparse(node), f"{path.name} imports Triton when it is read"
