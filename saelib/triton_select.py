@@ -129,6 +129,7 @@ def largest(values: Float[Tensor, "batch n"], k: int, groups: Int[Tensor, "batch
     return out
 
 
+@torch.no_grad()
 def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_enc: Float[Tensor, " n_latents"], k: int,
            precision: str = "fp32", margin: float = 0.25) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """The k largest of W_enc x + b_enc for each token, in no particular order, with their latents. Twin: `kernels.select`.
