@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from saelib import metrics, runs, subjects, timing
+from saelib import metrics, runs, subjects, sweeps, timing
 from saelib.contestants import CASES, Floor, Ours, Setting, auto_name, floors, ours, plain
 from saelib.parts import large_copy, parts, predict
 from saelib.peers import peers
 
+RESULTS = Path(__file__).parents[1] / "book" / "results" / "speed.jsonl"
 FIRST, WIDE = Setting(256, 4096, 32, 2048), Setting(768, 12288, 32, 4096)
 ON_GPU = [Setting(768, n, 32, batch, "cuda") for n in (32768, 131072) for batch in (8192, 65536)]
 AXES = {"n_latents": [2**i for i in range(10, 17)], "k": [2**i for i in range(3, 9)], "batch_size": [2**i for i in range(8, 14)]}
@@ -154,6 +155,12 @@ def text(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def committed(table: str, setting: Setting | None = None, device: str = "cpu") -> list[dict]:
+    """The rows of one table, at one setting if it has several, that `make bench` left in the repository and that did not fail."""
+    rows = [row for row in sweeps.read_rows(RESULTS) if row["table"] == table and "failed" not in row]
+    return [row for row in rows if (row["setting"] == asdict(setting) if setting else row["setting"]["device"] == device)]
+
+
 def identity(row: dict) -> tuple:
     """What a newer row replaces: the same table at the same setting."""
     return row["table"], row.get("axis"), json.dumps(row["setting"])
@@ -162,7 +169,7 @@ def identity(row: dict) -> tuple:
 def store(rows: list[dict], path: Path) -> None:
     """Put rows into a file of JSON lines, in the place of older ones of the same tables and settings. Whole or not at all."""
     new = {identity(row) for row in rows}
-    kept = [row for row in runs.read_rows(path) if identity(row) not in new] + rows
+    kept = [row for row in sweeps.read_rows(path) if identity(row) not in new] + rows
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text("".join(json.dumps(row) + "\n" for row in kept))

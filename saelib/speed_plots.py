@@ -26,18 +26,18 @@ def sizes_of(row: dict) -> str:
     return f"d = {s['d_model']}, n = {s['n_latents']}, k = {s['k']}, batch {s['batch_size']}"
 
 
-def multiples(rows: Sequence[dict], *, note: str | None = None) -> Picture:
+def multiples(rows: Sequence[dict]) -> Picture:
     """Every step of one table as a multiple of the encoder's product: a dot at the median, a bar between the quartiles.
+    What takes less than a fiftieth of it is listed and not drawn.
 
     Args:
         rows: of the table "steps" at one setting.
-        note: what stands under the axes; the rows' machine if None.
 
     Returns:
         The picture; its numbers list median and quartiles of every row.
     """
     rows = [row for row in rows if "ratio" in row]
-    cases = group(rows, lambda row: row["case"])
+    cases = group([row for row in rows if row["ratio"]["median"] > 0.02], lambda row: row["case"])
     picture, (axes,) = canvas(height=1.0 + 0.19 * (len(rows) + len(cases)))
     picture.set_layout_engine("constrained")
     labels, y = [], 0.0
@@ -50,16 +50,16 @@ def multiples(rows: Sequence[dict], *, note: str | None = None) -> Picture:
             axes.plot([ratio["median"]], [y], "o", color=color, markersize=4)
             axes.annotate(f"{ratio['median']:.2g}", (ratio["q3"], y), xytext=(5, 0), textcoords="offset points", fontsize=7, va="center", color=color)
             labels.append((y, row["name"], False))
-            picture.numbers.append(f"{case}: {row['name']}: {ratio['median']:.4g} [{ratio['q1']:.4g}, {ratio['q3']:.4g}]")
         y += 1
+    picture.numbers += [f"{row['case']}: {row['name']}: {q['median']:.4g} [{q['q1']:.4g}, {q['q3']:.4g}]" for row in rows for q in [row["ratio"]]]
     axes.axvline(1, color=PAPER_GREY, linewidth=0.8)
     plain_log(axes, y=False)
     axes.margins(x=0.12)
-    axes.set(ylim=(y - 0.4, -0.6), xlabel=f"multiples of one encoder product ({sizes_of(rows[0])})")
+    axes.set(ylim=(y - 0.4, -0.6), xlabel="multiples of the encoder's product")
     axes.set_yticks([at for at, _, _ in labels], [text for _, text, _ in labels], fontsize=8)
     for tick, (_, _, heading) in zip(axes.get_yticklabels(), labels):
         tick.set_fontweight("bold" if heading else "normal")
-    picture.supxlabel(note_of(rows) if note is None else note, fontsize=6, color="#555555")
+    picture.supxlabel(f"{sizes_of(rows[0])}\n{note_of(rows)}", fontsize=6, color="#555555")
     return picture
 
 
@@ -114,7 +114,7 @@ def apart(rows: Sequence[dict]) -> Picture:
         picture.numbers.append(f"{row['name']}: predicted {predicted:.4g} ms by {row['bound']}, measured {took:.4g} ms, ratio {took / predicted:.3g}")
     plain_log(axes, y=False)
     axes.margins(x=0.15)
-    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"milliseconds: predicted (ring), measured (dot); {sizes_of(rows[0])}")
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="milliseconds: predicted (ring), measured (dot)")
     axes.set_yticks(range(len(rows)), [f"{row['name']} ({row['bound']})" for row in rows], fontsize=8)
-    picture.supxlabel(note_of(rows), fontsize=6, color="#555555")
+    picture.supxlabel(f"{sizes_of(rows[0])}\n{note_of(rows)}", fontsize=6, color="#555555")
     return picture

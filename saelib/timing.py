@@ -20,7 +20,6 @@ from tqdm import tqdm
 from saelib import runs
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
-GPU_REPEATS = 5  # steps timed as one on a GPU, where a single launch would be measured otherwise
 
 
 @cache
@@ -47,6 +46,11 @@ def seconds_of(step: Callable[[Tensor], object], x: Tensor, repeats: int = 1) ->
     for _ in range(repeats):
         step(x)
     return (time.perf_counter() - begin) / repeats
+
+
+def repeats_on(x: Tensor) -> int:
+    """Steps that are timed as one: several on a GPU, where the wait for a first launch would be measured otherwise."""
+    return 5 if x.is_cuda else 1
 
 
 def quartiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:
@@ -89,13 +93,21 @@ def rounds(seconds: float, title: str, max_rounds: int = MAX_ROUNDS) -> Iterator
                 return
 
 
-def interleave(contestants: dict, batches: Sequence[Tensor], seconds: float, title: str, max_rounds: int = MAX_ROUNDS) -> dict[tuple, list[float]]:
-    """Seconds of each contestant's step in each round."""
-    keys, times = list(contestants), {key: [] for key in contestants}
+def interleave(contestants: dict, batches: Sequence[Tensor], reference: tuple, seconds: float, title: str,
+               max_rounds: int = MAX_ROUNDS) -> dict[tuple, list[float]]:
+    """Seconds of each contestant's step in each round. `reference` steps before, between and after the others, and its time
+    is the median of these: all ratios rest on it."""
+    times = {key: [] for key in contestants}
+    others = [key for key in contestants if key != reference]
     for number in rounds(seconds, title, max_rounds):
-        x, first = batches[number % len(batches)], number % len(keys)
-        for key in keys[first:] + keys[:first]:
-            times[key].append(seconds_of(contestants[key].step, x, GPU_REPEATS if x.is_cuda else 1))
+        x, first = batches[number % len(batches)], number % max(1, len(others))
+        order, step_by = others[first:] + others[:first], max(1, len(others) // 4)
+        floor = []
+        for place in range(0, len(order) + 1, step_by):
+            floor.append(seconds_of(contestants[reference].step, x, repeats_on(x)))
+            for key in order[place: place + step_by]:
+                times[key].append(seconds_of(contestants[key].step, x, repeats_on(x)))
+        times[reference].append(statistics.median(floor))
     return times
 
 
@@ -128,7 +140,7 @@ def compare(makers: dict, batches: Sequence[Tensor], reference: tuple, seconds: 
     if reference not in made:
         raise RuntimeError(f"{reference[1]} is what all else is compared with, and it failed: {failed[reference]}")
     extra = {key: {"workspace_bytes": workspace(contestant.step, batches[0])} for key, contestant in made.items()} if batches[0].is_cuda else {}
-    times = interleave(made, batches, seconds, title, max_rounds)
+    times = interleave(made, batches, reference, seconds, title, max_rounds)
     rows = []
     for key, values in times.items():
         about = {"differs": getattr(made[key], "differs", ""), **({"n_dead": made[key].n_dead()} if hasattr(made[key], "n_dead") else {})}
