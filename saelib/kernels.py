@@ -1,8 +1,8 @@
 """The sparse path: encode, select and decode without ever forming the dense latents or their gradient.
 
 `[batch, n_latents]` latents with k non-zeros a row are kept as `values` [batch, k] beside `Active`, which
-knows the indices and the three products that training needs. All of it is stock torch operations, which run
-on the CPU and the GPU alike. The plain twin of this file is `SAE.forward` with `path="dense"`.
+knows the indices and the three products that training needs. On the CPU all of it is stock torch operations;
+on a GPU it is `saelib.triton_kernels`. The plain twin of both is `SAE.forward` with `path="dense"`.
 """
 import warnings
 from functools import cached_property
@@ -18,6 +18,11 @@ MARGIN = 0.25  # extra candidates that a bf16 selection keeps for the exact choi
 with warnings.catch_warnings():  # torch says once that its CSR tensors are in beta: let it say so here, and to nobody
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0], [], [], (0, 0))
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether the kernels in Triton take `x`: they are for float32 on a CUDA device."""
+    return x.is_cuda and x.dtype == torch.float32
 
 
 class Active:
@@ -62,6 +67,30 @@ class Active:
         return values.new_zeros(self.n_latents).index_add_(0, self.indices.reshape(-1), values.reshape(-1))
 
 
+class ActiveOnGPU(Active):
+    """The same, with the kernels of the GPU: deterministic, and without waiting for the device."""
+
+    @cached_property
+    def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
+        from saelib import triton_kernels
+        return triton_kernels.group_by_latent(self.indices, self.n_latents)
+
+    def decode(self, values, rows):
+        from saelib import triton_kernels
+        return triton_kernels.decode(values, self.indices, rows)
+
+    def sum_tokens(self, values, tokens):
+        from saelib import triton_kernels
+        return triton_kernels.sum_tokens(*self.by_latent, values, tokens, self.n_latents)
+
+    def dot(self, tokens, rows):
+        from saelib import triton_kernels
+        return triton_kernels.dot(tokens, self.indices, rows)
+
+    def sum_latents(self, values):
+        return self.sum_tokens(values, values.new_ones(len(values), 1)).squeeze(1)
+
+
 def largest(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row, in no particular order: `topk`, on fewer numbers.
 
@@ -101,18 +130,20 @@ def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_e
 
     Paper: §2.3, Eq. (3)
     """
+    if on_gpu(x):
+        from saelib import triton_select
+        return triton_select.select(x, W_enc, b_enc, k, precision, MARGIN)
     n_latents = len(W_enc)
     n_kept = k if precision == "fp32" else min(n_latents, k + max(4, round(k * MARGIN)))
     dtype = torch.bfloat16 if precision == "bf16" else x.dtype
     cast_x, weight, bias = x.to(dtype), W_enc.to(dtype).t(), b_enc.to(dtype)
     values = x.new_empty(len(x), n_kept)
     indices = torch.empty(len(x), n_kept, dtype=torch.int32, device=x.device)
-    rows = BLOCK_ROWS if x.device.type == "cpu" else len(x)
-    buffer = torch.empty(min(rows, len(x)), n_latents, dtype=dtype, device=x.device)
-    for start in range(0, len(x), rows):
-        block = cast_x[start: start + rows]
-        pre_acts = torch.addmm(bias, block, weight, out=buffer[: len(block)])
-        values[start: start + rows], indices[start: start + rows] = largest(pre_acts, n_kept)
+    buffer = torch.empty(min(BLOCK_ROWS, len(x)), n_latents, dtype=dtype, device=x.device)
+    for start in range(0, len(x), BLOCK_ROWS):
+        here = slice(start, start + BLOCK_ROWS)
+        pre_acts = torch.addmm(bias, cast_x[here], weight, out=buffer[: len(cast_x[here])])
+        values[here], indices[here] = largest(pre_acts, n_kept)
     if precision == "fp32":
         return values, indices
     candidates = Active(indices, n_latents)
@@ -127,7 +158,7 @@ class _Encode(torch.autograd.Function):
         centred = x - b_pre
         values, indices = select(centred, W_enc, b_enc, k, precision)
         values.relu_()
-        ctx.active = Active(indices, len(W_enc))
+        ctx.active = (ActiveOnGPU if on_gpu(x) else Active)(indices, len(W_enc))
         ctx.save_for_backward(centred, W_enc, values)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)

@@ -11,7 +11,8 @@ if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: it decides when it sees a kernel
 triton = pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
 
-from saelib import kernels, triton_kernels, triton_select  # noqa: E402
+from saelib import kernels, train, triton_kernels, triton_select  # noqa: E402
+from saelib.sae import SAE  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 SHAPES = [(5, 7, 3, 11), (17, 40, 1, 100), (9, 16, 70, 70), (1, 1, 1, 1), (10, 24, 17, 300)]  # batch, d, k, n
@@ -208,3 +209,26 @@ def test_nothing_imports_these_modules_before_it_needs_them():
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Import | ast.ImportFrom) and not path.stem.startswith("triton_"):
                 assert "triton" not in ast.unparse(node), f"{path.name} imports Triton when it is read"
+
+
+def a_loop(monkeypatch, on_gpu, method="topk", n_steps=4):
+    """A few steps of training with dead latents, checkpointed and taken up again in the middle."""
+    monkeypatch.setattr(kernels, "on_gpu", lambda x: on_gpu)
+    sparsity = {"topk": 3, "relu": 0.05}[method]
+    fresh = lambda: train.Loop(SAE(12, 40, method, sparsity).to(DEVICE), 1e-2, 30, 1 / 32, 4, 0.0)
+    loop, history = fresh(), []
+    for step in range(n_steps):
+        if step == 2:
+            loop, state = fresh(), loop.state()
+            loop.restore(state)
+        loop.one(random(16, 12, seed=step), 1.0, 1.0, "sparse", "fp32", log=True)
+        history.append(loop.history[-1]["squared_error"])
+    return [p.detach() for p in loop.sae.parameters()], history
+
+
+@pytest.mark.parametrize("method", ["topk", "relu"])
+def test_training_on_the_kernels_of_the_gpu_is_training_on_the_stock_operations(monkeypatch, method):
+    (weights, history), (twins, expected) = a_loop(monkeypatch, True, method), a_loop(monkeypatch, False, method)
+    assert history == pytest.approx(expected, rel=1e-4)
+    for ours, twin in zip(weights, twins):
+        torch.testing.assert_close(ours, twin, rtol=1e-3, atol=1e-4)
