@@ -2,6 +2,7 @@
 # make test                    unit tests, notebooks against their committed outputs, strict build, browser
 # make notebooks               refresh the committed `quick` outputs in notebooks/
 # make bench                   time a training step beside floors, the plain loop and other libraries (7 minutes on two idle cores)
+# make keep                    put the times and frontiers of runs/ into book/results, which the site shows beside its own
 # make links                   check the links to other sites (needs a network)
 # make clean                   remove the built site
 SHELL   := /bin/bash
@@ -27,7 +28,7 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c c
 BUILD_BOOK  := $(BIN)/jupyter-book build . -W -n --keep-going --quiet
 step = @echo "[$$(date +%H:%M:%S)] $(1)"
 
-.PHONY: book test notebooks bench links clean
+.PHONY: book test notebooks bench keep links clean
 .DELETE_ON_ERROR:
 
 book: $(VENV)/.installed
@@ -57,6 +58,9 @@ notebooks: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	@$(BENCH_PYTHON) -m saelib.bench --out book/results/speed.jsonl
+
+keep: $(VENV)/.installed
+	@$(BIN)/python tools/keep.py
 
 links: $(VENV)/.installed
 	@BOOK_PROFILE=committed $(BIN)/jupyter-book build . --builder linkcheck --path-output _build/links

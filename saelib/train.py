@@ -120,7 +120,8 @@ class Loop:
         self.adam.step()
         state = self.adam.state[rows]  # Adam's own place for it, so that checkpoints hold it
         if not state:
-            state |= {"exp_avg": torch.zeros_like(rows), "exp_avg_sq": torch.zeros_like(rows)}
+            state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(rows), "exp_avg_sq": torch.zeros_like(rows)}
+        state["step"].fill_(self.step + 1)
         triton_kernels.adam_unit_rows(rows, grad, state["exp_avg"], state["exp_avg_sq"], clip.view(1), lr=lr, beta1=BETAS[0],
                                       beta2=BETAS[1], eps=EPS, step=self.step + 1)
 

@@ -11,6 +11,7 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from tools import keep
 from tools.check_site import Site
 from tools.run import RECORD, code_hash
 
@@ -128,8 +129,40 @@ def test_a_page_shows_the_run_and_where_it_comes_from(book):
 def test_a_page_says_how_long_it_takes_and_offers_the_notebook(book):
     book.build()
     line = re.search(r'class="chapter-line.*?</div>', book.page("notebooks/01_toy"), re.DOTALL)[0]
-    for fact in ("min to read", "ran in 75 s at", "01_toy.ipynb"):
+    for fact in ("min to read", "01_toy.ipynb"):
         assert fact in line
+
+
+def test_a_page_says_how_long_each_profile_takes_and_which_nobody_measured(book):
+    notebook = source_notebook()
+    notebook.cells[2].source = 'profiles.settings("frontier", profile)'
+    nbformat.write(notebook, book.source)
+    executed = executed_notebook()
+    executed.cells[3].source = notebook.cells[2].source
+    executed.metadata[RECORD]["code"] = code_hash(notebook)
+    nbformat.write(executed, book.run)
+    write_kept(book, "gpu", {"seconds": 130, "hardware": "one toy GPU"})
+    write_kept(book, "laptop", {"seconds": 1, "hardware": "another machine"})  # the page's own run is what it shows
+    assert book.build() == ""
+    line = re.search(r'class="chapter-line.*?</div>', book.page("notebooks/01_toy"), re.DOTALL)[0]
+    text = re.sub("<[^>]+>", "", line)
+    assert "Runs in 75 s at laptop on 2 cores of a toy; 2 min 10 s at gpu on one toy GPU. Not measured: quick, paper." in text
+
+
+def write_kept(book, profile, run):
+    keep.kept_path(book.folder, profile).parent.mkdir(parents=True, exist_ok=True)
+    keep.kept_path(book.folder, profile).write_text(json.dumps({"01_toy": run}))
+
+
+def test_what_is_kept_of_a_run_is_its_record_and_its_frontiers(book):
+    show_frontier(book, [ROW])
+    write_kept(book, "laptop", {"seconds": 1})
+    keep.keep(book.folder, "laptop")
+    run = keep.kept(book.folder, "laptop")["01_toy"]
+    assert (run["seconds"], run["hardware"], run["frontiers"]) == (75, "2 cores of a toy", {"fig-toy": [ROW]})
+    book.run.unlink()
+    keep.keep(book.folder, "laptop")
+    assert keep.kept(book.folder, "laptop")["01_toy"] == run
 
 
 @pytest.mark.parametrize(
@@ -227,9 +260,10 @@ def test_a_verdict_outside_the_three_fails_the_build(book):
 ROW = {"subject": "toy", "method": "topk", "sparsity": 4, "n_latents": 8, "seed": 0, "n_tokens": 9, "l0": 4.0, "normalized_mse": 0.5, "device": "cpu"}
 
 
-def show_frontier(book, rows):
+def show_frontier(book, rows, source="show()", **record):
     """The small book with a frontier in its notebook, asked for on its front page."""
-    executed = executed_notebook()
+    executed = executed_notebook(**record)
+    executed.cells[3].source = source
     data = {"text/plain": "TopK, x 4: 0.5", "image/svg+xml": '<svg xmlns="http://www.w3.org/2000/svg"></svg>'}
     executed.cells[3].outputs.append(new_output("display_data", data | ({"application/vnd.saelib.rows+json": rows} if rows else {})))
     executed.cells[3].metadata["mystnb"] = {"figure": {"name": "fig-toy", "caption": "Toy."}, "image": {"alt": "A toy frontier"}}
@@ -238,15 +272,34 @@ def show_frontier(book, rows):
     (book.folder / "index.md").write_text(FRONT_PAGE + "\n```{frontier} 01_toy\n```\n")
 
 
+def frontier_data(book):
+    text = (book.folder / "_build/html/_static/frontier/01_toy.js").read_text()
+    return json.loads(text.removeprefix("saelibFrontier(").removesuffix(");\n"))
+
+
 def test_a_frontier_brings_its_picture_and_its_rows(book):
     show_frontier(book, [ROW])
     assert book.build() == ""
     assert 'src="_static/frontier/01_toy.svg" alt="A toy frontier" data-frontier="fig-toy"' in book.page("index")
     assert "frontier/01_toy.js" in book.page("index") and "frontier/01_toy.js" in book.page("notebooks/01_toy")
-    text = (book.folder / "_build/html/_static/frontier/01_toy.js").read_text()
-    data = json.loads(text.removeprefix("saelibFrontier(").removesuffix(");\n"))
-    assert data["figures"] == {"fig-toy": [ROW]}
+    data = frontier_data(book)
+    assert data["profiles"]["laptop"]["figures"] == {"fig-toy": [ROW]}
     assert data["methods"]["topk"]["label"] == "TopK" and data["methods"]["topk"]["knob"] == "k"
+
+
+def test_a_frontier_has_the_rows_of_every_profile_that_was_run_or_kept(book):
+    notebook = source_notebook()
+    notebook.cells[2].source = 'profiles.settings("frontier", profile)'
+    nbformat.write(notebook, book.source)
+    show_frontier(book, [ROW], code=code_hash(notebook), source=notebook.cells[2].source)
+    kept_row = ROW | {"method": "relu"}
+    write_kept(book, "gpu", {"date": "2026-02-03", "seconds": 3, "hardware": "one toy GPU", "code": "0", "frontiers": {"fig-toy": [kept_row]}})
+    assert book.build() == ""
+    data = frontier_data(book)
+    assert list(data["profiles"]) == ["laptop", "gpu"] and list(data["methods"]) == ["relu", "topk"]
+    assert data["profiles"]["gpu"] == {
+        "about": "Run on 2026-02-03 on one toy GPU. The code has changed since.", "figures": {"fig-toy": [kept_row]}}
+    assert data["profiles"]["laptop"]["about"] == "Run on 2026-01-02 on 2 cores of a toy."
 
 
 def test_a_frontier_without_rows_fails_the_build(book):

@@ -1,10 +1,12 @@
 """The built site in a real browser. `make test` builds it first; the variable SITE names its folder."""
+import json
 import os
 import shutil
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -260,6 +262,40 @@ def test_a_frontier_reads_its_runs_by_pointer_and_by_keyboard(page, name):
     page.keyboard.press("Enter")
     assert live.locator("tr.chosen").count() == 1
     assert live.locator("details").get_attribute("open") is not None
+    assert page.errors == []
+
+
+def with_profiles(page, *profiles):
+    """Give each frontier of the next page the rows of these profiles: the site's own, with a third of the error at each next one."""
+    def answer(route):
+        text = Path(unquote(urlsplit(route.request.url).path)).read_text("utf8")
+        data = json.loads(text.removeprefix("saelibFrontier(").removesuffix(");\n"))
+        own = next(iter(data["profiles"].values()))["figures"]
+        data["profiles"] = {
+            profile: {"about": f"Run at {profile}.", "figures": {name: [row | {"normalized_mse": row["normalized_mse"] / 3**i} for row in rows] for name, rows in own.items()}}
+            for i, profile in enumerate(profiles)
+        }
+        route.fulfill(body=f"saelibFrontier({json.dumps(data)});", content_type="text/javascript")
+
+    page.route("**/_static/frontier/*.js*", answer)
+
+
+@pytest.mark.parametrize("name", WITH_FRONTIER[:1])
+def test_a_frontier_switches_between_profiles_and_offers_no_choice_of_one(page, name):
+    with_profiles(page, "quick", "laptop")
+    open_page(page, name)
+    live = page.locator(".frontier-live").first
+    before = float(live.locator("tbody tr td:nth-child(8)").first.text_content())
+    live.locator("select[name=profile]").focus()
+    live.locator("select[name=profile]").select_option("laptop")
+    assert float(live.locator("tbody tr td:nth-child(8)").first.text_content()) == pytest.approx(before / 3, abs=1e-4)
+    assert live.locator(".origin").text_content() == "Profile laptop. Run at laptop."
+    assert page.evaluate("document.activeElement.name") == "profile"
+    page.unroute_all()
+    with_profiles(page, "quick")
+    page.reload()
+    page.wait_for_selector(".frontier-live select[name=subject]")
+    assert page.locator(".frontier-live select[name=profile]").count() == 0
     assert page.errors == []
 
 

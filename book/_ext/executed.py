@@ -16,6 +16,7 @@ from sphinx.util import logging
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tools import keep  # noqa: E402
 from tools.run import code_cells, code_hash, duration, run_record  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -88,12 +89,24 @@ def provenance_box(record):
     return "\n".join([":::{container} provenance", " ".join(filter(None, sentences)), ":::"])
 
 
-def chapter_line(notebook, record, name):
-    """One line on what a chapter costs, in reading and in running, with the notebook to take away."""
+def run_times(root, notebook, record, name):
+    """How long the notebook takes at each profile that it has, where somebody has measured it."""
+    took = {profile: keep.kept(root, profile).get(name, {}) for profile in keep.profiles_of(notebook)}
+    if "seconds" in record:
+        took[record["profile"]] = record
+    by_hardware = {}
+    for profile, run in took.items():
+        by_hardware.setdefault(run.get("hardware"), []).append(f"{duration(run['seconds'])} at `{profile}`" if run else f"`{profile}`")
+    unknown = by_hardware.pop(None, [])
+    measured = [f"{', '.join(times)} on {hardware}" for hardware, times in by_hardware.items()]
+    return [f"Runs in {'; '.join(measured)}." if measured else "", f"Not measured: {', '.join(unknown)}." if unknown else ""]
+
+
+def chapter_line(root, notebook, record, name):
+    """What a chapter costs, in reading and in running, with the notebook to take away."""
     words = sum(len(cell.source.split()) for cell in notebook.cells)
-    ran = f"ran in {duration(record['seconds'])} at `{record['profile']}`" if "seconds" in record else ""
-    parts = [f"{max(1, round(words / WORDS_A_MINUTE))} min to read", ran, f"{{download}}`this notebook <{name}>`"]
-    return "\n".join([":::{container} chapter-line", " · ".join(filter(None, parts)), ":::"])
+    parts = [f"{max(1, round(words / WORDS_A_MINUTE))} min to read.", *run_times(root, notebook, record, name), f"{{download}}`Download this notebook <{name}.ipynb>`"]
+    return "\n".join([":::{container} chapter-line", " ".join(filter(None, parts)), ":::"])
 
 
 def insert_below_title(notebook, box):
@@ -113,13 +126,15 @@ def show_executed_copy(app, docname, content):
     app.env.note_dependency(str(executed_path(app, docname)))
     for module in sorted(ROOT.joinpath("saelib").rglob("*.py")):
         app.env.note_dependency(str(module))
+    for results in sorted(Path(app.srcdir, "book", "results").glob("*.json")):
+        app.env.note_dependency(str(results))
     source = nbformat.reads(content[0], 4)
     executed = read_executed(app, docname, source)
     if executed is None:
         return
     with_outputs(source, executed)
     record = run_record(executed)
-    line = chapter_line(source, record, f"{Path(docname).name}.ipynb")
+    line = chapter_line(app.srcdir, source, record, Path(docname).name)
     insert_below_title(source, f"{line}\n\n{provenance_box(record)}")
     content[0] = nbformat.writes(source)
 

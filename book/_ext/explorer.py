@@ -76,6 +76,7 @@ class LatentExplorer(SphinxDirective):
 
 def add_assets(app, pagename, templatename, context, doctree):
     if app.env.metadata.get(pagename, {}).get("explorer"):
+        app.add_js_file("dom.js", loading_method="defer", priority=400)
         app.add_js_file("explorer.js", loading_method="defer")
         app.add_css_file("explorer.css")
 

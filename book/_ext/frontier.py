@@ -10,7 +10,8 @@ A caption; the figure's own if left out.
 ```
 
 shows the static picture of the notebook's first frontier, and the script does the rest. Without JavaScript and in print the
-static picture stays. _static/frontier/NOTEBOOK.svg and .js hold picture and rows.
+static picture stays. _static/frontier/NOTEBOOK.svg and .js hold picture and rows: those of the page's own profile, and those
+of every other profile that was run here (runs/PROFILE/) or has its rows committed (book/results/PROFILE.json).
 """
 import html
 import json
@@ -22,14 +23,17 @@ from docutils.statemachine import StringList
 from executed import executed_path
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
+from tools import keep
+from tools.keep import ROWS_MIME
+from tools.run import code_hash, run_record
 
 logger = logging.getLogger(__name__)
-ROWS_MIME, SVG_MIME = "application/vnd.saelib.rows+json", "image/svg+xml"
+SVG_MIME = "image/svg+xml"
 ASSETS = Path("_static", "frontier")
 
 
 def frontiers_of(notebook):
-    """The frontier figures of an executed notebook, in order: name, caption, alt, svg, rows (None in old outputs)."""
+    """The frontier figures of an executed notebook, in order: name, caption, alt, svg."""
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
@@ -38,7 +42,7 @@ def frontiers_of(notebook):
                 figure, image = shown.get("figure", {}), shown.get("image", {})
                 yield {
                     "name": figure.get("name"), "caption": figure.get("caption", ""), "alt": image.get("alt", ""),
-                    "svg": "".join(data[SVG_MIME]), "rows": data[ROWS_MIME],
+                    "svg": "".join(data[SVG_MIME]),
                 }
 
 
@@ -47,11 +51,31 @@ def read_frontiers(app, docname):
     return list(frontiers_of(nbformat.read(path, 4))) if path.exists() else []
 
 
+def profiles_with_rows(app, notebook):
+    """Profile -> {about, figures: name -> rows}, the page's own profile first."""
+    committed = Path(app.srcdir, "notebooks", f"{notebook}.ipynb")
+    shown, source, found = executed_path(app, f"notebooks/{notebook}"), nbformat.read(committed, 4), {}
+    own = run_record(nbformat.read(shown, 4)).get("profile", "unknown")
+    for profile in dict.fromkeys([own, *keep.profiles_of(source)]):
+        local = Path(app.srcdir, "runs", profile, committed.name)
+        path = shown if profile == own else local if local.exists() else committed if profile == "quick" else None
+        run = keep.run_of(path) if path else keep.kept(app.srcdir, profile).get(notebook, {})
+        if run.get("frontiers"):
+            found[profile] = {"about": origin(run, code_hash(source)), "figures": run["frontiers"]}
+    return found
+
+
+def origin(run, code):
+    """Where rows come from, in words."""
+    when = f"Run on {run['date']} on {run['hardware']}." if "date" in run else "Committed with the notebook."
+    return when if run.get("code") == code else f"{when} The code has changed since."
+
+
 def methods_of(figures):
-    """Label, knob and colour of each method in the rows."""
+    """Label, knob and colour of each method in the rows, in the order of METHODS."""
     from saelib import METHODS, plots
 
-    keys = dict.fromkeys(row["method"] for figure in figures for row in figure["rows"])
+    keys = dict.fromkeys(row["method"] for rows in figures for row in rows)
     ordered = [key for key in METHODS if key in keys] + [key for key in keys if key not in METHODS]
     table = {}
     for key in ordered:  # a chapter may show a method of its own, which only its kernel knew
@@ -110,6 +134,7 @@ def add_assets(app, pagename, templatename, context, doctree):
         return
     write_assets(app, notebook)
     app.add_css_file("frontier.css")
+    app.add_js_file("dom.js", loading_method="defer", priority=400)
     app.add_js_file("frontier.js", loading_method="defer")
     app.add_js_file(f"frontier/{notebook}.js", loading_method="defer", priority=600)
 
@@ -119,7 +144,9 @@ def write_assets(app, notebook):
     folder = Path(app.outdir, ASSETS)
     folder.mkdir(parents=True, exist_ok=True)
     if figures and app.builder.format == "html":
-        data = {"methods": methods_of(figures), "figures": {figure["name"] or "": figure["rows"] for figure in figures}}
+        profiles = profiles_with_rows(app, notebook)
+        methods = methods_of([rows for profile in profiles.values() for rows in profile["figures"].values()])
+        data = {"methods": methods, "profiles": profiles}
         (folder / f"{notebook}.svg").write_text(figures[0]["svg"], encoding="utf8")
         (folder / f"{notebook}.js").write_text(f"saelibFrontier({json.dumps(data, separators=(',', ':'))});\n", encoding="utf8")
 

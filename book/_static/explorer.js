@@ -29,24 +29,7 @@
 
   // Small builders
 
-  function make(tag, attributes = {}, ...children) {
-    const element = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) {
-      if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-      else if (value === true) element.setAttribute(name, "");
-      else if (value !== false && value != null) element.setAttribute(name, value);
-    }
-    element.append(...children);
-    return element;
-  }
-
-  const svg = (tag, attributes, ...children) => {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    element.append(...children);
-    return element;
-  };
-
+  const { make, svg } = window.saelibDom;
   const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length)) || "∅";
   const token = (id) => make("span", { class: "tok" }, visible(index.tokens[id]));
   const percent = (millionths) => millionths >= 1000 ? `${(millionths / 1e4).toFixed(millionths >= 1e5 ? 0 : 1)} %` : `${(millionths / 1e4).toFixed(3)} %`;
@@ -69,7 +52,7 @@
   // State
 
   let index = null;
-  const state = { sae: "topk", latent: 0, sort: "frequency", descending: true, query: "", where: "fires_on", shown: 100, twin: true, order: [] };
+  const state = { sae: "topk", latent: 0, sort: "frequency", query: "", where: "fires_on", shown: 100, twin: true, order: [] };
   const parts = {};
 
   const readHash = () => {
@@ -300,7 +283,7 @@
     parts.live = make("p", { class: "visually-hidden", role: "status" });
     return [
       make("h2", { id: "explorer-latents" }, "Latents"),
-      make("div", { class: "controls" }, parts.saes,
+      make("div", { class: "book-controls" }, parts.saes,
         make("div", {}, make("label", { for: "explorer-search" }, "Find a token"), search),
         select("explorer-where", "among those that latents", [["fires_on", "fire on"], ["raises", "raise"]], (value) => { state.where = value; rearrange(); }),
         select("explorer-sort", "Sort", sorts, (value) => { state.sort = value; rearrange(); }),
@@ -403,7 +386,7 @@
     return [
       make("h2", { id: "explorer-programs" }, "A program through both"),
       make("p", {}, "The same tokens under both autoencoders, tinted by the measure below. Choose a token to see its latents: a click, or the arrow keys."),
-      make("div", { class: "controls" },
+      make("div", { class: "book-controls" },
         select("explorer-program", "Program", index.programs.map((title, i) => [i, title]), (value) => { program.number = Number(value); program.token = 0; drawProgram(); }),
         select("explorer-measure", "Measure", Object.entries(MEASURES).map(([key, measure]) => [key, measure.name]), (value) => { program.measure = value; drawProgram(); })),
       parts.programs, parts.token,

@@ -3,6 +3,7 @@
 (function () {
   "use strict";
 
+  const { make, svg } = window.saelibDom;
   const WIDE = { width: 620, height: 380, left: 62, right: 104, top: 14, bottom: 48 };
   const NARROW = { width: 350, height: 320, left: 52, right: 74, top: 12, bottom: 48 };
   const isNarrow = window.matchMedia("(max-width: 600px)");
@@ -10,23 +11,6 @@
     subject: "subject", method: "method", sparsity: "k or λ", n_latents: "latents n", seed: "seed", n_tokens: "training tokens",
     l0: "L0", normalized_mse: "normalized MSE", device: "device",
   };
-
-  function make(tag, attributes = {}, ...children) {
-    const element = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) {
-      if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-      else if (value != null) element.setAttribute(name, value);
-    }
-    element.append(...children);
-    return element;
-  }
-
-  function svg(tag, attributes, ...children) {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [name, value] of Object.entries(attributes)) if (value != null) element.setAttribute(name, value);
-    element.append(...children);
-    return element;
-  }
 
   const unique = (values) => [...new Set(values)];
 
@@ -61,23 +45,33 @@
   };
 
   class Chart {
-    constructor(rows, methods, figure) {
-      this.rows = rows;
+    /* runs: profile -> {about, rows}, the profile of the page first. */
+    constructor(runs, methods, figure) {
+      this.runs = runs;
       this.methods = methods;
       this.figure = figure;
-      this.subject = rows[0].subject;
+      this.profile = Object.keys(runs)[0];
+      this.subject = this.rows[0].subject;
       this.n = null;
-      this.chosen = null;
       this.chart = make("div");
       this.readout = make("p", { class: "readout", role: "status" });
+      this.origin = make("p", { class: "origin" });
       this.table = make("div", { class: "rows", tabindex: "0", role: "group", "aria-label": "The runs in this figure" });
       this.size = isNarrow.matches ? NARROW : WIDE;
       isNarrow.addEventListener("change", () => { this.size = isNarrow.matches ? NARROW : WIDE; this.draw(); });
       this.details = make("details", {}, make("summary", {}, "The runs in this figure"), this.table);
-      this.controls = make("div", { class: "controls" });
-      this.element = make("div", { class: "frontier-live" }, this.controls, this.chart, this.readout, this.details);
+      this.controls = make("div", { class: "book-controls" });
+      this.element = make("div", { class: "frontier-live" }, this.controls, this.chart, this.readout, this.origin, this.details);
       this.drawControls();
       this.draw();
+    }
+
+    get rows() {
+      return this.runs[this.profile].rows;
+    }
+
+    subjects() {
+      return unique(this.rows.map((row) => row.subject));
     }
 
     sizes() {
@@ -92,30 +86,34 @@
       return `var(--method-${key}, ${this.methods[key].color})`;
     }
 
-    select(text, values, value, onchange) {
-      const box = make("select", { onchange: (event) => onchange(event.target.value) }, ...values.map((v) => make("option", { value: v }, String(v))));
-      box.value = value;
+    /* A box that sets the property `name`. */
+    select(name, text, values) {
+      const onchange = () => { this[name] = name === "n" ? Number(box.value) : box.value; this.drawControls(); this.draw(); };
+      const box = make("select", { name, onchange }, ...values.map((v) => make("option", { value: v }, String(v))));
+      box.value = this[name];
       return make("label", {}, text, make("br"), box);
     }
 
     drawControls() {
-      const sizes = this.sizes();
+      if (!this.subjects().includes(this.subject)) this.subject = this.subjects()[0];
+      const profiles = Object.keys(this.runs), sizes = this.sizes();
       if (!sizes.includes(this.n)) this.n = sizes[sizes.length - 1];
-      const change = (assign) => (value) => { assign(value); this.chosen = null; this.drawControls(); this.draw(); };
-      const subject = this.select("Subject", unique(this.rows.map((row) => row.subject)), this.subject, change((value) => { this.subject = value; this.n = null; }));
-      const controls = [subject];
-      if (sizes.length > 1) controls.push(this.select("Latents n", sizes, this.n, change((value) => { this.n = Number(value); })));
-      controls.push(make("button", { type: "button", onclick: () => this.flip() }, this.flipped ? "Interactive figure" : "Static figure"));
-      const focused = [...this.controls.querySelectorAll("select, button")].indexOf(document.activeElement);
+      const controls = [make("button", { type: "button", name: "flip", onclick: () => this.flip() }, this.flipped ? "Interactive figure" : "Static figure")];
+      if (!this.flipped) {
+        if (sizes.length > 1) controls.unshift(this.select("n", "Latents n", sizes));
+        if (profiles.length > 1) controls.unshift(this.select("profile", "Profile", profiles));
+        controls.unshift(this.select("subject", "Subject", this.subjects()));
+      }
+      const focused = this.controls.contains(document.activeElement) ? document.activeElement.name : "";
       this.controls.replaceChildren(...controls);
-      if (focused >= 0) this.controls.querySelectorAll("select, button")[focused]?.focus();
+      this.controls.querySelector(`[name="${focused}"]`)?.focus();
     }
 
     /* Swap the drawn figure and the static one. */
     flip() {
       this.flipped = !this.flipped;
       showStatic(this.figure, this.flipped);
-      for (const part of [this.chart, this.readout, this.details]) part.hidden = this.flipped;
+      for (const part of [this.chart, this.readout, this.origin, this.details]) part.hidden = this.flipped;
       this.drawControls();
     }
 
@@ -137,6 +135,7 @@
       ...this.axes(), ...this.lines(keys, rows), ...this.points));
       this.follow(this.chart.firstChild, rows);
       this.readout.textContent = "Point at a run to read it, or use Tab and the arrow keys. A click shows its row.";
+      this.origin.textContent = `Profile ${this.profile}. ${this.runs[this.profile].about}`;
       this.drawTable(rows);
     }
 
@@ -248,12 +247,14 @@
     picture.toggleAttribute("data-frontier-hidden", !visible);
   }
 
-  window.saelibFrontier = ({ methods, figures }) => {
-    for (const [name, rows] of Object.entries(figures)) {
+  window.saelibFrontier = ({ methods, profiles }) => {
+    const all = Object.entries(profiles);
+    for (const name of Object.keys(all[0][1].figures)) {
       const picture = pictureOf(name);
-      if (!picture || !rows.length) continue;
+      if (!picture) continue;
+      const runs = Object.fromEntries(all.filter(([, run]) => run.figures[name]).map(([profile, run]) => [profile, { about: run.about, rows: run.figures[name] }]));
       const holder = picture.closest("a.image-reference") || picture;
-      const chart = new Chart(rows, methods, holder);
+      const chart = new Chart(runs, methods, holder);
       holder.before(chart.element);
       showStatic(holder, false);
     }

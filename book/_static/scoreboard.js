@@ -2,17 +2,8 @@
 (function () {
   "use strict";
 
+  const { make } = window.saelibDom;
   const KINDS = [["all", "all"], ["held", "✓ held"], ["held-in-part", "◐ held in part"], ["not-held", "✗ not held"]];
-
-  function make(tag, attributes = {}, ...children) {
-    const element = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) {
-      if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-      else if (value !== null) element.setAttribute(name, value);
-    }
-    element.append(...children);
-    return element;
-  }
 
   function addFilter(table, number) {
     const rows = [...table.tBodies[0].rows];
@@ -30,12 +21,12 @@
       count.textContent = `${seen.length} of ${rows.length} claims`;
     };
     const kinds = KINDS.map(([kind, text]) => make("label", {},
-      make("input", { type: "radio", name: `scoreboard-${number}`, value: kind, checked: kind === "all" ? "" : null,
+      make("input", { type: "radio", name: `scoreboard-${number}`, value: kind, checked: kind === "all",
         onchange: () => { state.kind = kind; show(); } }), `${text} (${rows.filter((row) => is(row, kind)).length})`));
     const search = make("input", { type: "search", id: `scoreboard-words-${number}`, placeholder: "words in a claim",
       oninput: (event) => { state.words = event.target.value; show(); } });
-    const box = make("div", { class: "scoreboard-filter" },
-      make("fieldset", {}, make("legend", { class: "visually-hidden" }, "Verdict"), ...kinds),
+    const box = make("div", { class: "book-controls scoreboard-filter" },
+      make("fieldset", {}, make("legend", { class: "visually-hidden" }, "Verdict"), make("div", { class: "choice" }, ...kinds)),
       make("label", { class: "visually-hidden", for: search.id }, "Words in a claim"), search, count);
     (table.closest(".pst-scrollable-table-container") || table).before(box);
     show();
