@@ -138,3 +138,43 @@ def opposite_orders(margin: float, pair: str, definitions: str):
 def own_activations(excess: float, errors: list[float], all_errors: list[float]):
     return (f"normalized MSE of TopK with growing k: {', '.join(f'{e:.3f}' for e in errors)}; L0 above k by {max(0.0, excess):g}",
             [all(map(math.isfinite, all_errors)), excess <= 0, all(a > b for a, b in zip(errors, errors[1:]))])
+
+
+def cheap_step(topk: float, auxk: float, fit: float):
+    return (f"a step {topk:.2f} products, with dead latents and AuxK {auxk:.2f}, a step of a whole fit {fit:.2f}", [topk <= 1.5, auxk <= 2.0, fit <= 1.5])
+
+
+def cheap_wide(topk: float):
+    return f"a step {topk:.2f} products", [topk <= 1.0]
+
+
+def faster(ours: float, others: dict[str, float]):
+    least = {"plain loop": 5.0, "sparsify": 2.8, "SAELens, dense": 8.0}
+    measured = {name: others[name] / ours for name in least if name in others}
+    missing = [name for name in least if name not in others]
+    text = ", ".join(f"than the {name} {ratio:.1f}" if name == "plain loop" else f"than {name} {ratio:.1f}" for name, ratio in measured.items())
+    return (f"times faster {text}{'; not measured: ' + ', '.join(missing) if missing else ''}",
+            [ratio >= least[name] for name, ratio in measured.items()] + [False] * len(missing))
+
+
+def cheap_relu(by_precision: dict[str, float], others: dict[str, float]):
+    most = {"bf16": 2.4, "fp32": 5.0}
+    text = ", ".join(f"{precision} {ratio:.2f}" for precision, ratio in by_precision.items())
+    return (f"a step in products, {text}; the fastest other {min(others.values()):.2f}",
+            [ratio <= most[precision] for precision, ratio in by_precision.items()] + [min(by_precision.values()) < min(others.values())])
+
+
+def equal_error(ours: dict[str, float], plain: float):
+    text = ", ".join(f"{name} {mse / plain - 1:+.2%}" for name, mse in ours.items())
+    return f"normalized MSE {plain:.4f} for the plain loop; against it {text}", [mse <= 1.01 * plain for mse in ours.values()]
+
+
+def small_memory(ratios: dict[str, float]):
+    return "peak over what must be held: " + ", ".join(f"{size} {ratio:.2f}" for size, ratio in ratios.items()), [ratio < 1.3 for ratio in ratios.values()]
+
+
+def predicted(step: float, parts: dict[str, tuple[float, float]]):
+    total, large = sum(guess for guess, _ in parts.values()), {name: took / guess for name, (guess, took) in parts.items() if took > 0.05 * step}
+    text = ", ".join(f"{name} {ratio:.1f}" for name, ratio in large.items())
+    return (f"the predictions add up to {total / step:.2f} of the step; measured over predicted: {text}",
+            [0.5 <= total / step <= 1, *(1 / 3 <= ratio <= 3 for ratio in large.values())])

@@ -85,6 +85,16 @@ PROFILES = {
         "gpu": dict(source_tokens=3_000_000, n_tokens=20_000_000, batch_size=4096, n_latents=8192, ks=(16, 32, 64), l1_coefs=(0.02, 0.04, 0.08)),
         "paper": dict(source_tokens=100_000_000, n_tokens=1_000_000_000, batch_size=131_072, n_latents=32768, ks=(32, 64), l1_coefs=(0.02, 0.04, 0.08)),
     },
+    "speed": {  # what the reader's own machine measures; the rows that are drawn come from `make bench`
+        "quick": dict(d_model=64, n_latents=1024, k=16, batch_size=512, seconds=1.0),
+        "laptop": dict(d_model=256, n_latents=4096, k=32, batch_size=2048, seconds=10.0),
+        "gpu": dict(d_model=768, n_latents=32768, k=32, batch_size=8192, seconds=20.0),
+    },
+    "kernels": {
+        "quick": dict(d_model=64, n_latents=1024, k=16, batch_size=512, n_steps=60, source_tokens=24_000),
+        "laptop": dict(d_model=256, n_latents=4096, k=32, batch_size=2048, n_steps=150, source_tokens=100_000),
+        "gpu": dict(d_model=768, n_latents=32768, k=32, batch_size=8192, n_steps=500, source_tokens=1_000_000),
+    },
     "explorer": {  # tools/make_explorer.py: ReLU starts from this l1_coef, and moves it until L0 is near k
         "quick": dict(source_tokens=60_000, n_tokens=150_000, batch_size=512, n_latents=512, k=32, l1_coef=0.05, text_tokens=32_768, n_contexts=6),
         "laptop": dict(source_tokens=300_000, n_tokens=600_000, batch_size=512, n_latents=1024, k=32, l1_coef=0.05, text_tokens=65_536, n_contexts=8),

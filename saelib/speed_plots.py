@@ -87,6 +87,7 @@ def against(rows: Sequence[dict]) -> Picture:
             ends[name] = xs[-1], ms[-1]["median"], color
             picture.numbers.append(f"{axis}: {name}: " + " ".join(f"({x}, {m['median']:.4g})" for x, m in zip(xs, ms)))
         axes.set(xlabel=AXIS_TITLES[axis], ylabel="milliseconds a step" if axes is all_axes[0] else "")
+        axes.set_xticks(xs[::2], [f"{x:,}" for x in xs[::2]])
         axes.margins(x=0.1)
         if axes is all_axes[-1]:
             name_ends(axes, ends)

@@ -155,6 +155,7 @@ import torch
 from saelib import contestants, timing
 torch.set_num_threads(int(sys.argv[6]))
 contestants.Ours(contestants.Setting(16, 64, 2, 8), "topk").step(torch.randn(8, 16))  # loads what is loaded at first use
+timing.forget_peak()
 before = timing.peak_resident()
 setting = contestants.Setting(*map(int, sys.argv[1:5]))
 x = contestants.setting_batch(setting)
@@ -165,6 +166,11 @@ sys.stdout.write(json.dumps(timing.peak_resident() - before))
 """
 
 
+def forget_peak() -> None:
+    """Let the peak of resident memory begin anew from what is resident now: importing may have needed more for a moment."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_resident() -> int:
     """The most memory this process has had resident, in bytes. Linux keeps it for each program; elsewhere there is none to read."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -172,7 +178,7 @@ def peak_resident() -> int:
 
 
 def peak_of_training(d_model: int, n_latents: int, k: int, batch_size: int, precision: str) -> int:
-    """Bytes by which three training steps in a fresh process raise its peak of resident memory, the weights included."""
+    """Bytes by which the peak of three training steps in a fresh process lies above what was resident before it made the weights."""
     arguments = [str(value) for value in (d_model, n_latents, k, batch_size, precision, torch.get_num_threads())]
     done = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     return int(done.stdout)
