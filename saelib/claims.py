@@ -81,9 +81,9 @@ CLAIMS = {
     "Y1": Claim("The path from a file of activations to a frontier works for data of any scale and offset", "ours",
                 "On activations times 100 plus 5: finite metrics for every SAE, TopK's L0 at most k, and TopK's error falling with k",
                 "not in the paper", criteria.own_activations),
-    "S1": Claim("A TopK step costs little more than the encoder's matrix product alone, and `fit` adds nothing to it", "ours",
+    "S1": Claim("A TopK step costs little more than the encoder's matrix product alone, and fit adds nothing to it", "ours",
                 "At d = 256, n = 4096, k = 32, batch 2048 on the CPU, in multiples of the float32 product timed in the same rounds: "
-                "a step at most 1.5, with 5 % of the latents dead and AuxK on at most 2.0, a step of a whole `fit` at most 1.5",
+                "a step at most 1.5, with 5 % of the latents dead and AuxK on at most 2.0, a step of a whole fit at most 1.5",
                 "not in the paper", criteria.cheap_step),
     "S2": Claim("At a larger width a whole step costs no more than the float32 product", "ours",
                 "At d = 768, n = 12288, k = 32, batch 4096 on the CPU a step takes at most 1.0 times the float32 product timed in the same rounds",
@@ -97,7 +97,7 @@ CLAIMS = {
                 "and faster than the plain loop and every library measured",
                 "not in the paper", criteria.cheap_relu),
     "S5": Claim("Speed costs no accuracy: after equal tokens the error is that of the ordinary loop", "ours",
-                "On `pygpt`, after the same batches, the held-out normalized MSE of the float32 and the bfloat16 step is at most 1 % above the plain loop's",
+                "On pygpt, after the same batches, the held-out normalized MSE of the float32 and the bfloat16 step is at most 1 % above the plain loop's",
                 "not in the paper", criteria.equal_error),
     "S6": Claim("Training needs little memory beyond what it must hold", "ours",
                 "In a fresh process on the CPU, at both sizes, the peak of resident memory rises by less than 1.3 times "

@@ -25,7 +25,7 @@ def as_sae(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_pre: Tensor, k: int) -
 
 class SAELens:
     """`SAETrainer.step`, with the sparse activations that the library offers for TopK, or without."""
-    library, differs = "sae_lens", "no unit rows (it scales by their norms); AuxK not normalised"
+    library, distribution, differs = "sae_lens", "sae-lens", "no unit rows (it scales by their norms); AuxK not normalised"
 
     def __init__(self, setting: Setting, case: str, lr: float = LR, sparse: bool = False):
         from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
@@ -66,7 +66,7 @@ class SAELens:
 
 class DictionaryLearning:
     """`TopKTrainer.update` and `StandardTrainer.update`; under bf16 autocast on a GPU, as its `trainSAE` offers."""
-    library = "dictionary_learning"
+    library, distribution = "dictionary_learning", "dictionary-learning"
 
     def __init__(self, setting: Setting, case: str, lr: float = LR):
         from dictionary_learning.trainers.standard import StandardTrainer
@@ -102,7 +102,7 @@ class DictionaryLearning:
 
 class Sparsify:
     """`SparseCoder` with the calls of its `Trainer`, in their order: that trainer itself wants a language model."""
-    library, differs = "sparsify", "loss divided by the variance; does not clip"
+    library, distribution, differs = "sparsify", "eai-sparsify", "loss divided by the variance; does not clip"
 
     def __init__(self, setting: Setting, case: str, lr: float = LR):
         if setting.device == "cpu":

@@ -3,6 +3,7 @@
 A machine's speed drifts by tens of per cent within minutes. Steps of one round are neighbours in time, so a contestant is
 compared with the floor in the same round, and the median is taken of these ratios.
 """
+import importlib.metadata
 import os
 import platform
 import statistics
@@ -133,8 +134,8 @@ def compare(makers: dict, batches: Sequence[Tensor], reference: tuple, seconds: 
         max_rounds: of measurement.
 
     Returns:
-        {"case", "name", "ms", "ratio", "rounds", "differs", "n_dead"}; ms and ratio hold median, q1 and q3. A contestant that
-        cannot run leaves {"case", "name", "failed"}.
+        {"case", "name", "ms", "ratio", "rounds", "differs", "n_dead", "version" of another library}; ms and ratio hold median, q1
+        and q3. A contestant that cannot run leaves {"case", "name", "failed"}.
     """
     made, failed = ready(makers, batches)
     if reference not in made:
@@ -144,6 +145,8 @@ def compare(makers: dict, batches: Sequence[Tensor], reference: tuple, seconds: 
     rows = []
     for key, values in times.items():
         about = {"differs": getattr(made[key], "differs", ""), **({"n_dead": made[key].n_dead()} if hasattr(made[key], "n_dead") else {})}
+        if hasattr(made[key], "distribution"):
+            about["version"] = f"{made[key].distribution} {importlib.metadata.version(made[key].distribution)}"
         rows.append({"case": key[0], "name": key[1], "ms": quartiles(values, 1e3), "rounds": len(values), **about, **extra.get(key, {}),
                      "ratio": quartiles([value / floor for value, floor in zip(values, times[reference])])})
     return rows + [{"case": case, "name": name, "failed": why} for (case, name), why in failed.items()]
