@@ -257,6 +257,15 @@ def test_a_verdict_outside_the_three_fails_the_build(book):
     assert "'perhaps' is no verdict" in book.build()
 
 
+def test_no_line_breaks_between_a_letter_and_its_comma(book):
+    (book.folder / "conf.py").write_text(CONF.replace('"scoreboard"]', '"scoreboard", "accessible"]'))
+    (book.folder / "index.md").write_text(FRONT_PAGE + "\nThe largest $n$, then $k$ and more.\n")
+    assert book.build() == ""
+    page = book.page("index")
+    assert '<span class="unbroken"><span class="math notranslate nohighlight">\\(n\\)</span>,</span>' in page
+    assert page.count('class="unbroken"') == 1
+
+
 ROW = {"subject": "toy", "method": "topk", "sparsity": 4, "n_latents": 8, "seed": 0, "n_tokens": 9, "l0": 4.0, "normalized_mse": 0.5, "device": "cpu"}
 
 

@@ -101,7 +101,7 @@ class Scoreboard(SphinxDirective):
         head = nodes.row("", *[nodes.entry("", nodes.paragraph(text=title)) for title in COLUMNS.values()])
         group += nodes.thead("", head)
         group += nodes.tbody("", *[self.row(row) for row in rows])
-        return nodes.table("", group, classes=["scoreboard"])
+        return nodes.container("", nodes.table("", group, classes=["scoreboard"]), classes=["full-width"])  # the margin too
 
     def row(self, row):
         cells = {name: self.inline(str(row[name])) for name in COLUMNS}

@@ -4,7 +4,7 @@
   "use strict";
 
   const { make, svg } = window.saelibDom;
-  const WIDE = { width: 620, height: 380, left: 62, right: 104, top: 14, bottom: 48 };
+  const WIDE = { width: 620, height: 320, left: 62, right: 104, top: 14, bottom: 48 };
   const NARROW = { width: 350, height: 320, left: 52, right: 74, top: 12, bottom: 48 };
   const isNarrow = window.matchMedia("(max-width: 600px)");
   const FIELDS = {
@@ -91,7 +91,7 @@
       const onchange = () => { this[name] = name === "n" ? Number(box.value) : box.value; this.drawControls(); this.draw(); };
       const box = make("select", { name, onchange }, ...values.map((v) => make("option", { value: v }, String(v))));
       box.value = this[name];
-      return make("label", {}, text, make("br"), box);
+      return make("label", {}, text, box);
     }
 
     drawControls() {
