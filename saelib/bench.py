@@ -31,6 +31,7 @@ FIRST, WIDE = Setting(256, 4096, 32, 2048), Setting(768, 12288, 32, 4096)
 ON_GPU = [Setting(768, n, 32, batch, "cuda") for n in (32768, 131072) for batch in (8192, 65536)]
 AXES = {"n_latents": [2**i for i in range(10, 17)], "k": [2**i for i in range(3, 9)], "batch_size": [2**i for i in range(8, 14)]}
 FIT_STEPS = 40
+HARVESTED, LOADED = ("pygpt", "minilm"), Setting(0, 0, 32, 1024)
 TARGET_MSE, TARGET_LR, TARGET_STEPS, TARGET_EVERY, TARGET_TOKENS = 0.2, 4e-3, 100, 5, 200_000
 GEMM = {"cpu": ("floor", "GEMM fp32"), "cuda": ("floor", "GEMM bf16")}
 
@@ -126,13 +127,46 @@ def target(device: str) -> Iterator[dict]:
     yield from ({"table": "target", "setting": asdict(s), "case": case, "name": name, "failed": why} for (case, name), why in failed.items())
 
 
+def harvesting(device: str, seconds: float) -> Iterator[dict]:
+    """Activations as they go into the cache, against the model's forward passes alone on the same windows."""
+    for subject in HARVESTED:
+        model, _ = subjects.load(subject, device)
+        layer, dtype = int(subjects.DEPTH * len(subjects.blocks(model))), subjects.fast_dtype(device)
+        windows = torch.randint(model.config.vocab_size, (4, 4 * subjects.WINDOWS, subjects.CONTEXT), generator=torch.Generator().manual_seed(0))
+
+        def bare(ids):
+            for some in ids.split(subjects.WINDOWS):
+                with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                    subjects.residual_stream(model, some.to(device), layer)
+
+        def harvest(ids):
+            return [piece.to(torch.float16) for piece in subjects.harvest(model, ids, layer, slice(None), device)]
+
+        makers = {("data", name): (lambda step=step: Floor(step)) for name, step in (("forward alone", bare), ("harvest", harvest))}
+        rows = timing.compare(makers, list(windows), ("data", "forward alone"), seconds / len(HARVESTED), f"harvest {subject}")
+        yield from ({"table": "harvest", "setting": {"subject": subject, "device": device}, **row} for row in rows)
+
+
+def loading(device: str, seconds: float) -> Iterator[dict]:
+    """A shuffled batch from the cache, against a training step on it at n = 4 d."""
+    for subject in HARVESTED:
+        source = subjects.open_source(subject, 8 * LOADED.batch_size, device=device)
+        s = replace(LOADED, d_model=source.d_model, n_latents=4 * source.d_model, device=device)
+        endless = source.batches(s.batch_size, 10**9, 0)
+        step = ("topk", auto_name(s))
+        makers = {step: ours(s, "topk")[step], ("data", "loader"): lambda: Floor(lambda x: next(endless).to(device))}
+        rows = timing.compare(makers, [next(endless).to(device) for _ in range(2)], step, seconds / len(HARVESTED), f"load {subject}")
+        yield from ({"table": "load", "setting": {"subject": subject, **asdict(s)}, **row} for row in rows)
+
+
 def tables(device: str, seconds: float) -> dict[str, tuple]:
     """Name -> (what yields the table's rows, its arguments); the seconds are shared out."""
     if device == "cuda":
         return {"steps": (steps, ON_GPU, ("topk", "auxk"), seconds * 0.6), "fit": (whole_fit, ON_GPU[0], seconds * 0.05),
-                "target": (target, device)}
+                "harvest": (harvesting, device, seconds * 0.05), "load": (loading, device, seconds * 0.03), "target": (target, device)}
     return {"steps": (steps, [FIRST], CASES, seconds * 0.2), "wide": (steps, [WIDE], ("topk",), seconds * 0.2),
             "fit": (whole_fit, FIRST, seconds * 0.05), "memory": (memory, [FIRST, WIDE]), "parts": (taken_apart, [FIRST, WIDE], seconds * 0.15),
+            "harvest": (harvesting, device, seconds * 0.05), "load": (loading, device, seconds * 0.03),
             "target": (target, device), "curves": (curves, FIRST, seconds * 0.25)}
 
 
@@ -180,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="tables; all by default")
-    parser.add_argument("--seconds-limit", type=float, default=400.0, metavar="S", help="about how long to measure in all")
+    parser.add_argument("--seconds-limit", type=float, default=340.0, metavar="S", help="about how long to measure in all")
     parser.add_argument("--out", type=Path, metavar="FILE", help="keep the rows there")
     chosen = parser.parse_args(arguments)
     device = runs.pick_device(chosen.device)
