@@ -121,7 +121,8 @@ class SAE(nn.Module):
         """Remove from each decoder row's gradient the part parallel to the row: it would only change the norm,
         which is fixed, and it would disturb Adam's moments. Paper: Appendix A.1"""
         grad, rows = self.W_dec.grad, self.W_dec
-        grad.addcmul_((grad * rows).sum(1, keepdim=True), rows, value=-1)
+        along = torch.bmm(grad[:, None], rows[:, :, None])[:, 0]  # a product of each pair of rows: no third matrix
+        grad.addcmul_(along, rows, value=-1)
 
     def save(self, folder: str | Path) -> None:
         """Write `sae.safetensors` and `sae.json` into `folder`, each whole or not at all."""

@@ -125,17 +125,22 @@ def fast_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def harvest(model: nn.Module, ids: Tensor, layer: int, inner: slice, device: str) -> Iterator[Tensor]:
+    """Normalised activations of windows of token ids, [n, d_model] at a time; `inner` cuts special tokens off a window."""
+    for some in ids.split(WINDOWS):
+        with torch.autocast(device, fast_dtype(device), enabled=fast_dtype(device) != torch.float32):
+            stream = residual_stream(model, some.to(device), layer)[:, inner]
+        yield sources.normalise(stream.reshape(-1, stream.shape[-1]).float()).cpu()
+
+
 def activations(subject: str, text: str, split: str, n_tokens: int, layer: int | None, device: str) -> Iterator[Tensor]:
     """Normalised activations of a subject on a text, [n, d_model] at a time. Special tokens are left out."""
     model, tokenizer = load(subject, device)
     wrapped = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
     inner = slice(1, -1) if wrapped else slice(None)
     n_windows = -(-n_tokens // (CONTEXT - 2 * wrapped))
-    layer = layer or int(DEPTH * len(blocks(model)))
-    for ids in windows(texts.documents(text, split), tokenizer, n_windows).split(WINDOWS):
-        with torch.autocast(device, fast_dtype(device), enabled=fast_dtype(device) != torch.float32):
-            stream = residual_stream(model, ids.to(device), layer)[:, inner]
-        yield sources.normalise(stream.reshape(-1, stream.shape[-1]).float()).cpu()
+    ids = windows(texts.documents(text, split), tokenizer, n_windows)
+    yield from harvest(model, ids, layer or int(DEPTH * len(blocks(model))), inner, device)
 
 
 def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: int | None = None,
