@@ -312,6 +312,14 @@ def test_a_frontier_is_a_static_picture_without_javascript_and_in_print(page, br
     assert page.locator("[data-frontier-hidden]").first.is_visible()
 
 
+@pytest.mark.skipif(not WITH_FRONTIER, reason="this site has no frontier")
+def test_the_first_screen_shows_the_headline_figure_and_the_verdicts(page):
+    open_page(page, "book/intro.html", viewport={"width": 1280, "height": 800})
+    for part in (".scoreboard-summary", ".frontier-live svg.chart"):
+        box = page.locator(part).bounding_box()
+        assert box["y"] > 0 and box["y"] + box["height"] < 800
+
+
 # The scoreboard's filter
 
 WITH_SCOREBOARD = [name for name in PAGES if 'class="scoreboard' in (SITE / name).read_text("utf8")]
@@ -327,3 +335,12 @@ def test_the_scoreboard_can_be_filtered_by_words(page, name):
     page.locator(".scoreboard-filter input[type=search]").first.fill("")
     shown = sum(int(text.split("(")[1].rstrip(")")) for text in page.locator(".scoreboard-filter label:has(input[type=radio])").all_text_contents()[1:])
     assert shown == n_rows == rows.locator("visible=true").count()
+
+
+@pytest.mark.parametrize("name", WITH_SCOREBOARD)
+def test_on_a_phone_each_claim_is_a_card_that_can_be_hidden(page, name):
+    open_page(page, name, viewport=NARROW)
+    cards = page.locator("table.scoreboard tbody tr")
+    assert max(card["x"] + card["width"] for card in (cell.bounding_box() for cell in cards.first.locator("th, td").all())) <= NARROW["width"]
+    page.locator(".scoreboard-filter input[value=not-held]").check(force=True)
+    assert cards.locator("visible=true").count() == cards.filter(has=page.locator(".verdict-badge.not-held")).count()
