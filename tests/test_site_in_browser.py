@@ -1,6 +1,7 @@
 """The built site in a real browser. `make test` builds it first; the variable SITE names its folder."""
 import json
 import os
+import re
 import shutil
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -318,6 +319,18 @@ def test_the_first_screen_shows_the_headline_figure_and_the_verdicts(page):
     for part in (".scoreboard-summary", ".frontier-live svg.chart"):
         box = page.locator(part).bounding_box()
         assert box["y"] > 0 and box["y"] + box["height"] < 800
+
+
+def minutes_to_read(name):
+    return int(re.search(r"(\d+) min to read", (SITE / "notebooks" / f"{name}.html").read_text("utf8"))[1])
+
+
+@pytest.mark.skipif(not (SITE / "notebooks").exists(), reason="this site has no chapters")
+def test_the_route_of_an_hour_takes_about_an_hour_and_all_chapters_about_two():
+    route = next(line for line in re.split(r"\n- ", (ROOT / "book" / "intro.md").read_text("utf8")) if "**An hour.**" in line)
+    named = re.findall(r"notebooks/(\w+)\.ipynb", route)
+    assert 50 <= sum(map(minutes_to_read, named)) <= 65
+    assert 100 <= sum(minutes_to_read(path.stem) for path in (SITE / "notebooks").glob("*.html")) <= 140
 
 
 # The scoreboard's filter

@@ -65,5 +65,5 @@ def keep(root, profile):
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or [path.name for path in sorted((ROOT / "runs").iterdir()) if any(path.glob("*.ipynb"))]:
+    for name in sys.argv[1:] or sorted({path.parent.name for path in ROOT.glob("runs/*/[!.]*.ipynb")}):
         keep(ROOT, name)
