@@ -173,6 +173,11 @@ def small_memory(ratios: dict[str, float]):
     return "peak over what must be held: " + ", ".join(f"{size} {ratio:.2f}" for size, ratio in ratios.items()), [ratio < 1.3 for ratio in ratios.values()]
 
 
+def data_keeps_up(speeds: dict[str, float], loaders: dict[str, float]):
+    text = ", ".join(f"{name} harvested at {speed:.2f} of the forward passes' speed, loader {loaders[name]:.3f} of a step" for name, speed in speeds.items())
+    return text, [*(speed > 0.9 for speed in speeds.values()), *(share < 0.05 for share in loaders.values())]
+
+
 def predicted(step: float, parts: dict[str, tuple[float, float]]):
     total, large = sum(guess for guess, _ in parts.values()), {name: took / guess for name, (guess, took) in parts.items() if took > 0.05 * step}
     text = ", ".join(f"{name} {ratio:.1f}" for name, ratio in large.items())

@@ -1,5 +1,6 @@
 """The terms of the training loss: pure functions from tensors to a scalar tensor."""
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,7 +19,7 @@ def squared_error(x: Float[Tensor, "batch d_model"], x_hat: Float[Tensor, "batch
 
     Paper: §2.2, Eq. (1)
     """
-    return (x_hat - x).pow(2).sum(1).mean()  # Eq. (1)
+    return F.mse_loss(x_hat, x, reduction="sum") / len(x)  # Eq. (1)
 
 
 class _Sum(torch.autograd.Function):
