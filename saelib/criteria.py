@@ -3,8 +3,15 @@
 Their words stand in `saelib.claims`. Both were written before the runs.
 """
 import math
+from collections.abc import Sequence
 
 from saelib.frontiers import interval
+
+
+def said(values: Sequence[float], form: str) -> str:
+    """The mean of the seeds and its interval; one seed has none."""
+    mean, low, high = interval(values)
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]" if len(values) > 1 else f"{mean:{form}} (one seed)"
 
 
 def headline(ratios: dict[str, dict[float, dict[int, float]]]):
@@ -12,8 +19,7 @@ def headline(ratios: dict[str, dict[float, dict[int, float]]]):
     for subject, by_l0 in ratios.items():
         for l0, by_seed in by_l0.items():
             if by_seed:
-                mean, low, high = interval(list(by_seed.values()))
-                lines.append(f"{subject} L0 {l0:g}: {mean:.2f} times [{low:.2f}, {high:.2f}]")
+                lines.append(f"{subject} L0 {l0:g}: {said(list(by_seed.values()), '.2f')} times")
                 parts.append(min(by_seed.values()) > 1)
     return "; ".join(lines), parts
 
@@ -24,9 +30,8 @@ def gap_grows(ratios: dict[int, dict[int, float]]):
     least, most = min(ratios), max(ratios)
     shared = sorted(set(ratios[least]) & set(ratios[most]))
     growth = [ratios[most][seed] / ratios[least][seed] for seed in shared]
-    mean, low, high = interval(growth)
     text = ", ".join(f"n = {n}: {interval(list(by_seed.values()))[0]:.2f}" for n, by_seed in sorted(ratios.items()))
-    return f"ReLU's error over TopK's at L0 32, {text}; growth {mean:.2f} [{low:.2f}, {high:.2f}]", [low > 1]
+    return f"ReLU's error over TopK's at L0 32, {text}; growth {said(growth, '.2f')}", [interval(growth)[1] > 1]
 
 
 def equal_l0(topk_spread: float, relu_spread: float):
@@ -65,7 +70,7 @@ def shrinkage(shift: dict[float, list[float]], large: dict[float, list[float]]):
 def refined(shift: dict[str, dict[str, list[float]]], change: dict[str, dict[str, list[float]]]):
     lines, parts = [], []
     for subject, by in shift.items():
-        relu, topk = ("{:+.1%} [{:+.1%}, {:+.1%}]".format(*interval(by[method])) for method in ("relu", "topk"))
+        relu, topk = (said(by[method], "+.1%") for method in ("relu", "topk"))
         lines.append(f"{subject}: latents move by ReLU {relu}, TopK {topk}")
         parts += [min(by["relu"]) > 0, all(t < r for t, r in zip(change[subject]["topk"], change[subject]["relu"])),
                   all(abs(t) < r / 4 for t, r in zip(by["topk"], by["relu"]))]
@@ -73,7 +78,7 @@ def refined(shift: dict[str, dict[str, list[float]]], change: dict[str, dict[str
 
 
 def unbiased(shift: dict[str, list[float]]):
-    text = "; ".join("{}: {:+.2%} [{:+.2%}, {:+.2%}]".format(subject, *interval(values)) for subject, values in shift.items())
+    text = "; ".join(f"{subject}: {said(values, '+.2%')}" for subject, values in shift.items())
     return f"refinement moves TopK's latents by {text}", [max(map(abs, values)) < 0.02 for values in shift.values()]
 
 
