@@ -20,7 +20,7 @@ PROFILES = {
     "l1_zeros": {  # without AuxK: a learning rate at which few latents die
         "quick": dict(n_seeds=1, source_tokens=20_000, n_tokens=40_000, batch_size=512, n_latents=256, lr=8e-3,
                       l1_coefs=(0.05, 0.1, 0.2), l2_coefs=(0.1, 0.5, 2.0), smooth_coefs=(0.1,)),
-        "laptop": dict(n_seeds=3, source_tokens=80_000, n_tokens=80_000, batch_size=512, n_latents=256, lr=8e-3,
+        "laptop": dict(n_seeds=3, source_tokens=150_000, n_tokens=150_000, batch_size=512, n_latents=256, lr=8e-3,
                        l1_coefs=(0.05, 0.1, 0.2), l2_coefs=(0.1, 0.5, 2.0), smooth_coefs=(0.05, 0.2)),
         "gpu": dict(n_seeds=5, source_tokens=2_000_000, n_tokens=5_000_000, batch_size=1024, n_latents=256, lr=8e-3,
                     l1_coefs=(0.05, 0.1, 0.2, 0.4), l2_coefs=(0.1, 0.5, 2.0, 8.0), smooth_coefs=(0.05, 0.1, 0.2)),
