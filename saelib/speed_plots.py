@@ -18,7 +18,7 @@ def note_of(rows: Sequence[dict]) -> str:
     made = {(p["processor"], p["threads"], p["torch"], p["commit"], row["date"]) for row in rows for p in [row["provenance"]]}
     libraries = ", ".join(sorted({row["version"] for row in rows if "version" in row}))
     return "; ".join(f"{processor}, {threads} thread{'s' * (threads > 1)}, torch {torch}, commit {commit}, {date}"
-                     for processor, threads, torch, commit, date in sorted(made)) + (libraries and f"; {libraries}")
+                     for processor, threads, torch, commit, date in sorted(made)) + (libraries and f"\n{libraries}")
 
 
 def sizes_of(row: dict) -> str:

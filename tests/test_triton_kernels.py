@@ -1,14 +1,11 @@
 """The GPU's kernels against their plain twins: on a GPU where there is one, else in Triton's interpreter."""
 import ast
-import os
 from pathlib import Path
 
 import pytest
 import torch
 
 ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: it decides when it sees a kernel
 triton = pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
 
 from saelib import kernels, train, triton_kernels, triton_select  # noqa: E402
