@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tools.run import duration, processor, say  # noqa: E402
+from tools.run import duration, processor, quieten, say  # noqa: E402
 
 CHUNK = 64  # latents in one file
 BINS = 20  # of the histograms
@@ -337,6 +337,7 @@ def make(profile):
 def main():
     from saelib.profiles import PROFILES
 
+    quieten()
     profile = (sys.argv[1:] or [""])[0]
     if profile not in PROFILES["explorer"]:
         raise SystemExit(f"unknown profile {profile!r}; profiles are: {', '.join(PROFILES['explorer'])}")

@@ -28,6 +28,10 @@ from tools.launch import is_launch, put_launch_cell, repository_url  # noqa: E40
 RECORD = "saelib_run"  # the key of a run's record in a notebook's metadata
 MEASURED = "nbval-ignore-output"  # the tag of a cell that measures time: its committed output stays, for it would differ at every run
 PACKAGES = ("torch", "numpy", "transformers", "matplotlib")
+QUIET = {  # what other libraries would write into the terminal, over the one progress line that is ours
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # `Loading weights`, for a model read in a blink
+    "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm, on a bar of widgets that nobody asked for
+}
 
 
 def code_cells(notebook):
@@ -152,6 +156,12 @@ def duration(seconds):
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 
+def quieten():
+    """Set QUIET for this process and the kernels that it starts, but for what the reader has set."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+
+
 def say(text):
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
@@ -240,6 +250,7 @@ def main():
         profile, names = (words or [""])[0], words[1:]
     if profile not in profiles:
         raise SystemExit(f"unknown profile {profile!r}; profiles are: {', '.join(profiles)}")
+    quieten()
     if profile == "quick":  # its outputs are compared, and the number of threads moves the last digits
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     for source in chosen_notebooks(names):

@@ -1,0 +1,28 @@
+"""What tools/run.py lets through to the terminal."""
+import os
+import subprocess
+import sys
+
+from tools.run import QUIET, quieten
+
+WARNS_AS_TQDM_DOES = "import warnings; warnings.warn('IProgress not found. Please update jupyter and ipywidgets.')"
+LOADS_A_MODEL = "from saelib import subjects; subjects.load('pygpt')"
+
+
+def stderr_of(code, **environment):
+    kept = {name: value for name, value in os.environ.items() if name not in QUIET}
+    return subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, check=True).stderr
+
+
+def test_other_libraries_write_nothing_over_the_progress_line():
+    code = f"{WARNS_AS_TQDM_DOES}; {LOADS_A_MODEL}"
+    noise = stderr_of(code)
+    assert "IProgress" in noise and "Loading weights" in noise, "there is nothing to keep quiet any more"
+    assert stderr_of(code, **QUIET) == ""
+
+
+def test_what_the_reader_has_set_stays(monkeypatch):
+    for name in QUIET:
+        monkeypatch.setenv(name, "0")
+    quieten()
+    assert {os.environ[name] for name in QUIET} == {"0"}
