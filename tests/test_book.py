@@ -266,6 +266,27 @@ def test_no_line_breaks_between_a_letter_and_its_comma(book):
     assert page.count('class="unbroken"') == 1
 
 
+def test_each_line_of_code_knows_its_indentation_and_is_copied_as_it_was(book):
+    code = 'def twice(x):\n    """Two\n    of it."""\n\n    return 2 * x\n'
+    (book.folder / "conf.py").write_text(CONF.replace('"scoreboard"]', '"scoreboard", "accessible"]'))
+    (book.folder / "index.md").write_text(f"{FRONT_PAGE}\n```python\n{code}```\n")
+    assert book.build() == ""
+    block = BeautifulSoup(book.page("index"), "html.parser").find("div", class_="highlight").pre
+    assert [line["style"] for line in block.find_all("span", class_="line")] == [f"--indent: {n}ch" for n in (0, 4, 4, 0, 4)]
+    assert block.get_text() == code
+
+
+def test_the_scoreboard_goes_by_id_as_a_reader_counts(book):
+    executed = executed_notebook()
+    for name in ("S1", "A2.10", "A2.9"):
+        data = {"text/plain": "a verdict", "application/vnd.saelib.verdict+json": {**VERDICT, "id": name}}
+        executed.cells[3].outputs.append(new_output("display_data", data))
+    nbformat.write(executed, book.run)
+    assert book.build() == ""
+    rows = json.loads((book.folder / "_build/html" / "scoreboard.json").read_text())
+    assert [row["id"] for row in rows] == ["A2.9", "A2.10", "A3.2", "S1"]
+
+
 ROW = {"subject": "toy", "method": "topk", "sparsity": 4, "n_latents": 8, "seed": 0, "n_tokens": 9, "l0": 4.0, "normalized_mse": 0.5, "device": "cpu"}
 
 
@@ -273,7 +294,7 @@ def show_frontier(book, rows, source="show()", **record):
     """The small book with a frontier in its notebook, asked for on its front page."""
     executed = executed_notebook(**record)
     executed.cells[3].source = source
-    data = {"text/plain": "TopK, x 4: 0.5", "image/svg+xml": '<svg xmlns="http://www.w3.org/2000/svg"></svg>'}
+    data = {"text/plain": "TopK, x 4: 0.5", "image/svg+xml": '<svg width="676.8pt" xmlns="http://www.w3.org/2000/svg"></svg>'}
     executed.cells[3].outputs.append(new_output("display_data", data | ({"application/vnd.saelib.rows+json": rows} if rows else {})))
     executed.cells[3].metadata["mystnb"] = {"figure": {"name": "fig-toy", "caption": "Toy."}, "image": {"alt": "A toy frontier"}}
     nbformat.write(executed, book.run)
@@ -294,6 +315,15 @@ def test_a_frontier_brings_its_picture_and_its_rows(book):
     data = frontier_data(book)
     assert data["profiles"]["laptop"]["figures"] == {"fig-toy": [ROW]}
     assert data["methods"]["topk"]["label"] == "TopK" and data["methods"]["topk"]["knob"] == "k"
+
+
+def test_a_picture_links_to_itself_and_says_how_wide_it_was_drawn(book):
+    show_frontier(book, [ROW])
+    (book.folder / "conf.py").write_text(CONF.replace('"scoreboard"]', '"scoreboard", "frontier", "accessible"]'))
+    assert book.build() == ""
+    drawn = 'style="--drawn-width: 902px"><img'
+    assert f'<a class="image-reference wide" href="_static/frontier/01_toy.svg" {drawn}' in book.page("index")
+    assert re.search(rf'<a class="image-reference wide" href="../_images/\w+.svg" {drawn}', book.page("notebooks/01_toy"))
 
 
 def test_a_frontier_has_the_rows_of_every_profile_that_was_run_or_kept(book):

@@ -1,16 +1,51 @@
 """Mend what the tools that make the pages get wrong: for readers who use a screen reader, and for the eye."""
 import re
+from pathlib import Path
 
 MATHS_THEN_MARK = re.compile(r'(<span class="math notranslate nohighlight">[^<]*</span>)([,.;:!?)]+)')
+PICTURE = re.compile(r'<img (?=[^>]*\bsrc="((?:\.\./)*(_(?:images|static)/[^"]+\.svg))")[^>]*>')
+CODE = re.compile(r'(?<=<div class="highlight"><pre>)(.*?)(?=</pre>)', re.DOTALL)
+TAG = re.compile(r"<[^>]*>")
+WIDTH = re.compile(r'<svg\b[^>]*\bwidth="([\d.]+)pt"')
+COLUMN = 700  # pixels: no wider picture fits beside the margin
+
+
+def picture_width(app, path):
+    """The width in pixels that a picture of the site was drawn for, or None."""
+    sources = {f"{app.builder.imagedir}/{name}": source for source, name in app.builder.images.items()}
+    file = Path(app.srcdir, sources[path]) if path in sources else Path(app.outdir, path)
+    found = WIDTH.search(file.read_text("utf8")) if file.exists() else None
+    return round(float(found[1]) * 4 / 3) if found else None
+
+
+def fitted(app, match):
+    """The picture as a link to itself, with its width, by which book.css keeps its labels legible: see there."""
+    width = picture_width(app, match[2])
+    if width is None:
+        return match[0]
+    kind = "image-reference wide" if width > COLUMN else "image-reference"
+    return f'<a class="{kind}" href="{match[1]}" style="--drawn-width: {width}px">{match[0]}</a>'
+
+
+def in_lines(match):
+    """A block of code, each line in an element that knows its indentation, so that the rest of a long one goes on below it, deeper."""
+    if 'class="hll"' in match[0]:  # an emphasised line holds its line break: the pieces would not nest
+        return match[0]
+    lines = match[0].splitlines(keepends=True)
+    plain = [TAG.sub("", line) for line in lines]
+    indents = [len(text) - len(text.lstrip(" ")) for text in plain]
+    return "".join(f'<span class="line" style="--indent: {indent}ch">{line}</span>' for indent, line in zip(indents, lines))
 
 
 def mend(app, pagename, templatename, context, doctree):
     """docutils makes a bibliography a list of `doc-biblioentry`, which is no list item; MathJax lets a line break before a comma."""
     if "body" in context:
         body = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
-        context["body"] = MATHS_THEN_MARK.sub(r'<span class="unbroken">\1\2</span>', body)
+        body = MATHS_THEN_MARK.sub(r'<span class="unbroken">\1\2</span>', body)
+        body = CODE.sub(in_lines, body)
+        context["body"] = PICTURE.sub(lambda match: fitted(app, match), body)
 
 
 def setup(app):
-    app.connect("html-page-context", mend)
+    app.connect("html-page-context", mend, priority=900)  # after the extensions that write pictures
     return {"parallel_read_safe": True, "parallel_write_safe": True}
