@@ -13,6 +13,7 @@ The records lie in the outputs of the executed notebooks, and nowhere else (see 
 scoreboard.json at the site's root holds the table's rows. A name that no notebook recorded is a warning.
 """
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def records(notebook, mime):
 
 
 def verdicts(app):
-    """The scoreboard's rows, each with its notebook and profile."""
+    """The scoreboard's rows, each with its notebook and profile, in the order of their ids."""
     rows = []
     for docname in notebook_pages(app.env):
         path = executed_path(app, docname)
@@ -67,7 +68,12 @@ def verdicts(app):
         for record in records(notebook, VERDICT_MIME):
             row = {name: record.get(name) for name in FIELDS}
             rows.append({**row, "notebook": Path(docname).name, "profile": profile})
-    return rows
+    return sorted(rows, key=place)
+
+
+def place(row):
+    """Where a claim stands in the table: by its id, A2.10 after A2.9."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", str(row["id"]))]
 
 
 def complaints(rows):
