@@ -183,8 +183,8 @@
           return [mean(seeds.map((row) => row.l0)), Math.exp(mean(seeds.map((row) => Math.log(row.normalized_mse))))];
         }).sort((a, b) => a[0] - b[0]);
         const path = means.map(([x, y], i) => `${i ? "L" : "M"}${this.x(x).toFixed(1)},${this.y(y).toFixed(1)}`).join("");
-        const [x, y] = means[means.length - 1];
-        ends.push({ key, x: this.x(x) + 10, y: this.y(y) + 4 });
+        const [, y] = means[means.length - 1];
+        ends.push({ key, x: this.x(Math.max(...own.map((row) => row.l0))) + 10, y: this.y(y) + 4 });
         return svg("path", { class: "mean", d: path, style: `stroke:${this.color(key)}` });
       });
       ends.sort((a, b) => a.y - b.y);
