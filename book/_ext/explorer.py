@@ -42,20 +42,21 @@ def check(app, about, location):
 
 
 def summary(about):
-    """The two autoencoders as a table in HTML."""
-    heads = ("Autoencoder", "Setting", "Latents", "L0", "Normalized MSE", "Dead latents")
-    rows = []
-    for sae in about["saes"].values():
-        knob = "k" if sae["knob"] == "k" else "λ"
-        cells = (f"{knob} = {sae['sparsity']:.3g}", f"{sae['n_latents']:,}", f"{sae['l0']:.1f}",
-                 f"{sae['normalized_mse']:.3f}", f"{sae['dead_fraction']:.1%}")
-        name = f'<th scope="row">{html.escape(sae["label"])}</th>'
-        rows.append(f"<tr>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    """The two autoencoders as a table in HTML, a column each, which fits a phone."""
+    saes = about["saes"].values()
+    rows = {
+        "Setting": [f"{'k' if sae['knob'] == 'k' else 'λ'} = {sae['sparsity']:.3g}" for sae in saes],
+        "Latents": [f"{sae['n_latents']:,}" for sae in saes],
+        "L0": [f"{sae['l0']:.1f}" for sae in saes],
+        "Normalized MSE": [f"{sae['normalized_mse']:.3f}" for sae in saes],
+        "Dead latents": [f"{sae['dead_fraction']:.1%}" for sae in saes],
+    }
+    head = "".join(f'<th scope="col">{html.escape(sae["label"])}</th>' for sae in saes)
+    body = "".join(f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>' for name, cells in rows.items())
     note = (f"Profile {about['profile']}: {about['training_tokens']:,} training tokens, on {html.escape(about['hardware'])}, "
             f"{about['date']}. Latents are shown on {about['text_tokens']:,} tokens of held-out files.")
-    return (f'<div class="explorer-summary" tabindex="0" role="group" aria-label="The two autoencoders"><table class="table"><thead><tr>{head}</tr></thead>'
-            f'<tbody>{"".join(rows)}</tbody></table></div><p class="explorer-note">{note}</p>')
+    return (f'<table class="table explorer-summary"><thead><tr><th scope="col">Autoencoder</th>{head}</tr></thead><tbody>{body}</tbody></table>'
+            f'<p class="explorer-note">{note}</p>')
 
 
 class LatentExplorer(SphinxDirective):

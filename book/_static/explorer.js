@@ -112,7 +112,7 @@
     const stop = shown.includes(state.latent) ? state.latent : shown[0];
     parts.list.replaceChildren(...shown.map((i) => row(i, i === stop)));
     parts.more.hidden = state.order.length <= state.shown;
-    const what = state.query.trim() ? `${state.where === "raises" ? "raise" : "fire on"} “${state.query.trim()}”` : "in all";
+    const what = state.query.trim() ? `${state.where === "raises" ? "raise" : "fire on"} “${state.query.trim()}”, strongest first` : "in all";
     parts.count.textContent = `${state.order.length} latents ${what}`;
   }
 
@@ -237,7 +237,7 @@
       if (top < box.scrollTop || top + current.offsetHeight > box.scrollTop + box.clientHeight) box.scrollTop = top - box.clientHeight / 3;
       if (within) current.focus({ preventScroll: true });
     }
-    if (!fromHash) history.replaceState(null, "", `#${sae}-${latent}`);
+    if (!fromHash) history.pushState(null, "", `#${sae}-${latent}`);
     return drawLatent();
   }
 
@@ -417,7 +417,7 @@
     state.sae = "";
     const drawn = choose(chosen.sae, chosen.latent, { fromHash: true });
     window.addEventListener("hashchange", () => {
-      const next = readHash();
+      const next = readHash() || (location.hash ? null : chosen);  // back to before the first choice
       if (!next) return;
       choose(next.sae, next.latent, { fromHash: true });
       const top = parts.card.getBoundingClientRect();
