@@ -118,10 +118,34 @@ def test_maths_is_typeset(page, name):
 
 
 @every_page
-def test_a_phone_scrolls_down_only(page, name):
+def test_a_page_scrolls_down_only_on_a_phone_a_tablet_and_a_screen(page, name):
+    open_page(page, name)
+    for width in (390, 820, 1100, 1280):
+        page.set_viewport_size({"width": width, "height": 844})
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@every_page
+def test_no_line_of_code_is_cut_off_on_a_phone(page, name):
     open_page(page, name, viewport=NARROW)
+    cut = "pre => pre.scrollWidth > pre.clientWidth && !pre.closest('.output')"
+    assert page.evaluate(f"[...document.querySelectorAll('article pre')].filter({cut}).map(pre => pre.textContent)") == []
+
+
+@every_page
+def test_a_margin_note_touches_no_figure_and_no_other_note(page, name):
+    open_page(page, name)
     page.wait_for_timeout(300)
-    assert page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"]
+    touching = page.evaluate(
+        """() => {
+            const boxes = selector => [...document.querySelectorAll(selector)].map(element => element.getBoundingClientRect());
+            const touch = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+            const notes = boxes('aside.margin'), wide = boxes('article img, article .full-width');
+            return notes.filter((note, i) => [...notes.slice(i + 1), ...wide].some(other => touch(note, other))).length;
+        }"""
+    )
+    assert touching == 0
 
 
 @every_page
@@ -217,6 +241,17 @@ def test_a_link_to_a_latent_opens_it_and_its_twin_is_a_click_away(page):
 
 
 @needs_explorer
+def test_the_back_button_returns_to_the_latent_before(page):
+    explorer = open_explorer(page)
+    title = explorer.locator("#explorer-latent")
+    first = title.text_content()
+    explorer.get_by_role("button", name="Next").click()
+    page.wait_for_function("first => document.getElementById('explorer-latent').textContent !== first", arg=first)
+    page.go_back()
+    page.wait_for_function("first => document.getElementById('explorer-latent').textContent === first", arg=first)
+
+
+@needs_explorer
 def test_the_explorer_goes_by_keyboard(page):
     explorer = open_explorer(page)
     explorer.locator(".list a[tabindex='0']").focus()
@@ -241,7 +276,7 @@ def test_without_javascript_the_explorer_says_what_it_would_show(browser):
     page = browser.new_page(java_script_enabled=False)
     page.goto(f"{SITE.as_uri()}/book/explorer.html")
     assert page.locator("noscript").count() or "draws its latents with JavaScript" in page.content()
-    assert page.locator(".explorer-summary tbody tr").count() == 2
+    assert page.locator(".explorer-summary thead th").all_text_contents() == ["Autoencoder", "TopK", "ReLU + L1"]
     page.close()
 
 
