@@ -38,7 +38,8 @@ def in_lines(match):
 
 
 def mend(app, pagename, templatename, context, doctree):
-    """docutils makes a bibliography a list of `doc-biblioentry`, which is no list item; MathJax lets a line break before a comma."""
+    """Mend a page. docutils makes a bibliography a list of `doc-biblioentry`, which is no list item; MathJax lets a line break
+    before a comma; code and pictures are wider than a phone."""
     if "body" in context:
         body = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
         body = MATHS_THEN_MARK.sub(r'<span class="unbroken">\1\2</span>', body)
