@@ -5,6 +5,7 @@ knows the indices and the three products that training needs. On the CPU all of 
 on a GPU it is `saelib.triton_kernels`. The plain twin of both is `SAE.forward` with `path="dense"`.
 """
 import warnings
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -133,30 +134,32 @@ def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_e
     if on_gpu(x):
         from saelib import triton_select
         return triton_select.select(x, W_enc, b_enc, k, precision, MARGIN)
-    n_latents = len(W_enc)
-    n_kept = k if precision == "fp32" else min(n_latents, k + max(4, round(k * MARGIN)))
-    dtype = torch.bfloat16 if precision == "bf16" else x.dtype
-    cast_x, weight, bias = x.to(dtype), W_enc.to(dtype).t(), b_enc.to(dtype)
-    values = x.new_empty(len(x), n_kept)
-    indices = torch.empty(len(x), n_kept, dtype=torch.int32, device=x.device)
-    buffer = torch.empty(min(BLOCK_ROWS, len(x)), n_latents, dtype=dtype, device=x.device)
-    for start in range(0, len(x), BLOCK_ROWS):
-        here = slice(start, start + BLOCK_ROWS)
-        pre_acts = torch.addmm(bias, cast_x[here], weight, out=buffer[: len(cast_x[here])])
-        values[here], indices[here] = largest(pre_acts, n_kept)
     if precision == "fp32":
-        return values, indices
-    candidates = Active(indices, n_latents)
-    exact = candidates.dot(x, W_enc) + b_enc[indices]
+        return choose(x, W_enc, b_enc, k, x.dtype)
+    n_kept = min(len(W_enc), k + max(4, round(k * MARGIN)))
+    indices = choose(x, W_enc, b_enc, n_kept, torch.bfloat16)[1]
+    exact = Active(indices, len(W_enc)).dot(x, W_enc) + b_enc[indices]
     values, best = exact.topk(k, dim=1, sorted=False)
     return values, indices.gather(1, best)
 
 
+def choose(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The k largest of x W_encᵀ + b_enc as `dtype` computes them, a block of tokens at a time (see `select`)."""
+    cast_x, weight, bias = x.to(dtype), W_enc.to(dtype).t(), b_enc.to(dtype)
+    values, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int32, device=x.device)
+    buffer = torch.empty(min(BLOCK_ROWS, len(x)), len(W_enc), dtype=dtype, device=x.device)
+    for start in range(0, len(x), BLOCK_ROWS):
+        here = slice(start, start + BLOCK_ROWS)
+        pre_acts = torch.addmm(bias, cast_x[here], weight, out=buffer[: len(cast_x[here])])
+        values[here], indices[here] = largest(pre_acts, k)
+    return values, indices
+
+
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, b_pre, W_enc, b_enc, k, precision):
+    def forward(ctx, x, b_pre, W_enc, b_enc, k, precision, choice):
         centred = x - b_pre
-        values, indices = select(centred, W_enc, b_enc, k, precision)
+        values, indices = choice(centred, W_enc, b_enc, k, precision)
         values.relu_()
         ctx.active = (ActiveOnGPU if on_gpu(x) else Active)(indices, len(W_enc))
         ctx.save_for_backward(centred, W_enc, values)
@@ -167,14 +170,14 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_values, *_):
         if grad_values is None:
-            return (None,) * 6
+            return (None,) * 7
         centred, W_enc, values = ctx.saved_tensors
         grad = grad_values * (values > 0)
         grad_b_enc = ctx.active.sum_latents(grad)
         grad_W_enc = ctx.active.sum_tokens(grad, centred) if ctx.needs_input_grad[2] else None
         grad_b_pre = -(grad_b_enc @ W_enc) if ctx.needs_input_grad[1] else None
         grad_x = ctx.active.decode(grad, W_enc) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_b_pre, grad_W_enc, grad_b_enc, None, None
+        return grad_x, grad_b_pre, grad_W_enc, grad_b_enc, None, None, None
 
 
 class _Decode(torch.autograd.Function):
@@ -194,7 +197,8 @@ class _Decode(torch.autograd.Function):
 
 
 def encode(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[Tensor, "n_latents d"],
-           b_enc: Float[Tensor, " n_latents"], k: int, precision: str = "fp32") -> tuple[Float[Tensor, "batch k"], Active]:
+           b_enc: Float[Tensor, " n_latents"], k: int, precision: str = "fp32",
+           choice: Callable[..., tuple[Tensor, Tensor]] = select) -> tuple[Float[Tensor, "batch width"], Active]:
     """TopK latents, as their values and their places. Differentiable in all four tensors.
 
     z = TopK(ReLU(W_enc (x - b_pre) + b_enc))
@@ -209,13 +213,15 @@ def encode(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float
         b_enc: encoder bias.
         k: how many latents to keep for each token.
         precision: "fp32", or "bf16" to select in bfloat16 (see `select`).
+        choice: what chooses them, with the arguments of `select`; it may keep another number of latents, the same for all tokens,
+            and gives a latent that it leaves out the value 0.
 
     Returns:
         The values (0 where a selected pre-activation was not positive), and the `Active` that places them.
 
     Paper: §2.3, Eq. (3)
     """
-    values, _, active = _Encode.apply(x, b_pre, W_enc, b_enc, k, precision)
+    values, _, active = _Encode.apply(x, b_pre, W_enc, b_enc, k, precision, choice)
     return values, active
 
 

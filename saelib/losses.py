@@ -1,8 +1,23 @@
 """The terms of the training loss: pure functions from tensors to a scalar tensor."""
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+
+class _SquaredError(torch.autograd.Function):
+    """mean_b ||x_b - x_hat_b||², through one tensor, the residual, which becomes the gradient in place."""
+
+    @staticmethod
+    def forward(ctx, x, x_hat):
+        residual = x_hat - x
+        ctx.save_for_backward(residual)
+        return torch.linalg.vector_norm(residual).square() / len(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        residual, = ctx.saved_tensors
+        slope = residual.mul_(grad * 2 / len(residual))
+        return -slope if ctx.needs_input_grad[0] else None, slope
 
 
 def squared_error(x: Float[Tensor, "batch d_model"], x_hat: Float[Tensor, "batch d_model"]) -> Float[Tensor, ""]:
@@ -19,7 +34,7 @@ def squared_error(x: Float[Tensor, "batch d_model"], x_hat: Float[Tensor, "batch
 
     Paper: §2.2, Eq. (1)
     """
-    return F.mse_loss(x_hat, x, reduction="sum") / len(x)  # Eq. (1)
+    return _SquaredError.apply(x, x_hat)  # Eq. (1)
 
 
 class _Sum(torch.autograd.Function):
@@ -73,22 +88,3 @@ def auxk(residual: Float[Tensor, "batch d_model"], residual_hat: Float[Tensor, "
     target = residual.detach()
     scale = (target - target.mean(0)).pow(2).sum()
     return (residual_hat - target).pow(2).sum() / scale.clamp_min(torch.finfo(scale.dtype).tiny)
-
-
-def multi_topk(x: Float[Tensor, "batch d_model"], x_hat_k: Float[Tensor, "batch d_model"],
-               x_hat_4k: Float[Tensor, "batch d_model"]) -> Float[Tensor, ""]:
-    """The sum of the losses at k and at 4k active latents, the second at an eighth of the weight.
-
-    L = L(k) + L(4k) / 8
-
-    Args:
-        x: model activations.
-        x_hat_k: reconstructions from the k largest latents.
-        x_hat_4k: reconstructions from the 4k largest.
-
-    Returns:
-        A scalar, in the squared units of `x`.
-
-    Paper: §5.2 (Multi-TopK)
-    """
-    return squared_error(x, x_hat_k) + squared_error(x, x_hat_4k) / 8

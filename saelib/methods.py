@@ -5,7 +5,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saelib import losses
+from saelib import kernels, losses
+
+THRESHOLD_RATE = 0.01  # weight of the newest batch in BatchTopK's running mean
 
 
 class Method(nn.Module):
@@ -13,7 +15,8 @@ class Method(nn.Module):
 
     `key`, `label`, `knob` and `grid` are data about the class: the loop, the sweeps, the figures and the tests
     read them and know no method by name. `knob` says what `sparsity` is: "k" or "l1_coef". A method that has
-    `k` keeps at most k latents for each token. One that inherits the forward of `ReLU` or `TopK` runs on their kernels.
+    `k` keeps that many latents for each token at most, or on average. One that inherits the forward of `ReLU`, `TopK` or
+    `BatchTopK` runs on their kernels.
     """
     key: ClassVar[str]
     label: ClassVar[str]
@@ -78,11 +81,87 @@ class TopK(Method):
         return int(self.sparsity)
 
     def forward(self, pre_acts: Float[Tensor, "batch n_latents"]) -> Float[Tensor, "batch n_latents"]:
-        values, indices = pre_acts.topk(self.k, dim=1, sorted=False)
-        return torch.zeros_like(pre_acts).scatter(1, indices, torch.relu(values))  # Eq. (3)
+        return keep_largest(pre_acts, self.k)  # Eq. (3)
+
+    def select(self, x, W_enc, b_enc, k, precision) -> tuple[Tensor, Tensor]:
+        """The same choice on the sparse path (see `saelib.kernels.select`)."""
+        return kernels.select(x, W_enc, b_enc, k, precision)
 
 
-METHODS: dict[str, type[Method]] = {method.key: method for method in (ReLU, TopK)}
+class MultiTopK(TopK):
+    """TopK whose loss asks for a good reconstruction from 4k latents too, at an eighth of the weight.
+
+    loss = L(k) + L(4k) / 8,  L(m) = ||x - x_hat_m||²,  x_hat_m from the m largest latents
+
+    It is a sum of losses: one loss of summed activations would be another thing.
+
+    Paper: §5.2 (Multi-TopK)
+    """
+    key, label = "multi_topk", "Multi-TopK"
+
+    def penalty(self, sae, x, out) -> dict[str, Tensor]:
+        wide = min(4 * self.k, self.n_latents)
+        if out.active is None:
+            x_hat = sae.decode(keep_largest(sae.pre_acts(x), wide))
+        else:
+            x_hat = kernels.decode(*kernels.encode(x, sae.b_pre, sae.W_enc, sae.b_enc, wide, out.precision), sae.W_dec) + sae.b_pre
+        return {"multi_topk": losses.squared_error(x, x_hat) / 8}
+
+
+class BatchTopK(TopK):
+    """The batch · k largest pre-activations of a whole batch: k a token on average, more where a token needs more.
+
+    z = max(0, pre_acts) where pre_acts ≥ t, else 0
+
+    In training t is the (batch · k)-th largest pre-activation of the batch. After it (`SAE.eval()`), t is the running mean of
+    those, so that a token's latents do not depend on the others in its batch.
+
+    Source: Bussmann et al. 2024, BatchTopK sparse autoencoders (arXiv 2412.06410), §3
+    """
+    key, label = "batchtopk", "BatchTopK"
+
+    def __init__(self, n_latents: int, sparsity: float):
+        super().__init__(n_latents, sparsity)
+        self.register_buffer("threshold", torch.zeros(()))
+
+    def cut(self, pre_acts: Float[Tensor, "batch any"]) -> Tensor:
+        """t, if these are the largest pre-activations of each token."""
+        if not self.training:
+            return self.threshold
+        return pre_acts.detach().flatten().topk(self.k * len(pre_acts), sorted=False).values.min()
+
+    @torch.no_grad()
+    def remember(self, cut: Tensor) -> None:
+        if self.training:
+            self.threshold.copy_(torch.where(self.threshold == 0, cut, self.threshold.lerp(cut, THRESHOLD_RATE)))
+
+    def forward(self, pre_acts: Float[Tensor, "batch n_latents"]) -> Float[Tensor, "batch n_latents"]:
+        cut = self.cut(pre_acts)
+        self.remember(cut)
+        return torch.relu(pre_acts).masked_fill(pre_acts < cut, 0)
+
+    def select(self, x, W_enc, b_enc, k, precision) -> tuple[Tensor, Tensor]:
+        """Candidates of each token, twice as many until none is full: then what is left out lies below t."""
+        width, is_full = k, True
+        while is_full:
+            width = min(2 * width, self.n_latents)
+            values, indices = kernels.select(x, W_enc, b_enc, width, precision)
+            cut = self.cut(values)
+            is_full = width < self.n_latents and bool((values.amin(1) >= cut).any())
+        self.remember(cut)
+        values = values.masked_fill(values < cut, 0)
+        values, place = values.topk(max(1, int((values > 0).sum(1).max())), dim=1, sorted=False)
+        return values, indices.gather(1, place)
+
+
+def keep_largest(pre_acts: Float[Tensor, "batch n_latents"], k: int) -> Float[Tensor, "batch n_latents"]:
+    """The k largest of each row where they are positive; the rest are exact zeros."""
+    values, indices = pre_acts.topk(k, dim=1, sorted=False)
+    return torch.zeros_like(pre_acts).scatter(1, indices, torch.relu(values))
+
+
+METHODS: dict[str, type[Method]] = {method.key: method for method in (ReLU, TopK, MultiTopK, BatchTopK)}
+ON_KERNELS = TopK.forward, BatchTopK.forward  # the activation functions that `select` makes on the sparse path
 
 
 def make(key: str, n_latents: int, sparsity: float) -> Method:

@@ -1,5 +1,6 @@
 """How good an SAE is: sums over tokens, and one division at the end."""
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,17 @@ def rows(x: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
     """Batches of activations, float32: a tensor is cut into pieces, an iterable is passed on."""
     for batch in x.split(BATCH) if isinstance(x, Tensor) else x:
         yield batch.float()
+
+
+@contextmanager
+def judging(sae) -> Iterator[None]:
+    """The SAE in evaluation mode, and then again in the mode that it was in."""
+    was_training = sae.training
+    sae.eval()
+    try:
+        yield
+    finally:
+        sae.train(was_training)
 
 
 @torch.no_grad()
@@ -49,7 +61,8 @@ def evaluate(sae, x: Tensor | Iterable[Tensor], mean: Tensor | None = None) -> d
     for batch in rows(x):
         batch = batch.to(device)
         sae.check(batch)
-        out = sae.run(batch, scratch=scratch)
+        with judging(sae):
+            out = sae.run(batch, scratch=scratch)
         error, l0 = (batch - out.x_hat).double(), (out.latents != 0).sum(1)
         n_tokens, active, l1 = n_tokens + len(batch), active + l0.sum(), l1 + out.latents.sum().double()
         n_short += (l0 < getattr(sae.method, "k", 0)).sum()

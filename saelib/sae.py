@@ -17,10 +17,11 @@ FORMAT = "saelib-1"
 
 class Output(NamedTuple):
     """What one forward pass leaves: on the dense path `latents` are all of them, [batch, n_latents], and `active`
-    is None; on the sparse path `latents` are the values, [batch, k], and `active` places them."""
+    is None; on the sparse path `latents` are the values, [batch, k], and `active` places them. `precision` is that of the path."""
     x_hat: Tensor
     latents: Tensor
     active: kernels.Active | None
+    precision: str = "fp32"
 
     def fired(self) -> Tensor:
         """What to index a tensor [n_latents] with, to get the latents that were active for any token."""
@@ -97,9 +98,9 @@ class SAE(nn.Module):
         """
         self.check(x)
         act = getattr(self.method.forward, "__func__", None)  # a method with an activation function of its own has no kernel
-        if path == "sparse" and act is methods.TopK.forward:
-            values, active = kernels.encode(x, self.b_pre, self.W_enc, self.b_enc, self.method.k, precision)
-            return Output(kernels.decode(values, active, self.W_dec) + self.b_pre, values, active)
+        if path == "sparse" and act in methods.ON_KERNELS:
+            values, active = kernels.encode(x, self.b_pre, self.W_enc, self.b_enc, self.method.k, precision, self.method.select)
+            return Output(kernels.decode(values, active, self.W_dec).add_(self.b_pre), values, active, precision)
         if path == "sparse" and act is methods.ReLU.forward:
             return Output(*dense.relu(x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, precision, scratch), None)
         # autocast's cache is shared between threads, and so between the members of a sweep
@@ -155,7 +156,7 @@ def load(folder: str | Path) -> SAE:
         if name not in tensors or tensors[name].shape != own.shape:
             raise ValueError(f"folder is {str(folder)!r}: {name} must be a tensor of shape {list(own.shape)}")
     sae.load_state_dict(tensors)
-    return sae
+    return sae.eval()
 
 
 def geometric_median(x: Float[Tensor, "batch d_model"], n_steps: int = 50) -> Float[Tensor, " d_model"]:

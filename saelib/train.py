@@ -14,6 +14,7 @@ from saelib.sae import SAE, Output
 BETAS, EPS = (0.9, 0.999), 6.25e-10  # Paper: Appendix A.3
 LOG_POINTS = 100
 CHECKPOINT_SECONDS = 60
+FEW_OF_MANY = 8  # dead latents for each active one from which AuxK takes the sparse path
 
 
 def paper_lr(n_latents: int) -> float:
@@ -52,6 +53,9 @@ def auxk_term(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int, prec
     if len(dead) == 0:
         return x.new_zeros(())
     encoder, decoder = (F.embedding(dead, rows, sparse=True) for rows in (sae.W_enc, sae.W_dec))  # the gradient: those rows alone
+    if len(dead) > FEW_OF_MANY * k_aux:
+        values, active = kernels.encode(x, sae.b_pre, encoder, sae.b_enc[dead], k_aux, precision)
+        return losses.auxk(x - x_hat, kernels.decode(values, active, decoder))
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
         latents = torch.relu(F.linear(x - sae.b_pre, encoder, sae.b_enc[dead]))
         if len(dead) > k_aux:
@@ -186,6 +190,7 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
     Paper: §2.4, §3.1, Appendix A
     """
     loop = Loop(sae, lr or paper_lr(sae.n_latents), dead_after, auxk_coef, k_aux or default_k_aux(sae.d_model), ema_decay)
+    sae.train()
     if checkpoint and checkpoint.exists():
         loop.restore(torch.load(checkpoint, weights_only=True, map_location=sae.W_dec.device))
     saved, log_every = time.monotonic(), max(1, n_steps // LOG_POINTS)
@@ -201,6 +206,7 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
     if loop.ema:
         sae.load_state_dict(loop.ema.module.state_dict())
         sae.normalise_decoder()
+    sae.eval()
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
     return loop.history

@@ -27,10 +27,20 @@ def through(sae, x, path, precision="fp32"):
 
 
 @pytest.mark.parametrize("batch, d, n, k", SHAPES)
-def test_sparse_and_dense_agree_forward_and_backward(batch, d, n, k):
-    sae, x = make(d, n, k), torch.randn(batch, d, generator=torch.Generator().manual_seed(1), requires_grad=True)
+@pytest.mark.parametrize("method", ["topk", "batchtopk"])
+def test_sparse_and_dense_agree_forward_and_backward(batch, d, n, k, method):
+    sae, x = make(d, n, k, method=method), torch.randn(batch, d, generator=torch.Generator().manual_seed(1), requires_grad=True)
     for ours, twin in zip(through(sae, x, "sparse"), through(sae, x, "dense")):
         torch.testing.assert_close(ours, twin, rtol=1e-4, atol=2e-4)
+
+
+def test_multi_topk_asks_the_sparse_path_and_its_dense_twin_for_the_same():
+    sae, x = make(16, 60, 3, method="multi_topk"), torch.randn(50, 16)
+    wanted = [sae.W_enc, sae.W_dec, sae.b_enc, sae.b_pre]
+    terms = [sae.method.penalty(sae, x, sae.run(x, path))["multi_topk"] for path in ("sparse", "dense")]
+    torch.testing.assert_close(*terms)
+    for ours, twin in zip(*(torch.autograd.grad(term, wanted) for term in terms)):
+        torch.testing.assert_close(ours, twin, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("batch, d, n", [shape[:3] for shape in SHAPES])

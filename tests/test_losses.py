@@ -27,9 +27,3 @@ def test_auxk_sends_no_gradient_into_the_residual():
 
 def test_auxk_is_finite_when_nothing_is_left_to_explain():
     assert torch.isfinite(losses.auxk(torch.zeros(4, 3), torch.zeros(4, 3)))
-
-
-def test_multi_topk_is_a_sum_of_losses_and_not_the_loss_of_a_sum():
-    x, a, b = torch.randn(3, 6, 4).unbind(0)
-    expected = (x - a).pow(2).sum(1).mean() + (x - b).pow(2).sum(1).mean() / 8
-    assert torch.isclose(losses.multi_topk(x, a, b), expected)

@@ -77,3 +77,28 @@ def test_the_optimum_of_the_l1_loss_in_one_dimension_is_soft_thresholding_by_hal
         z = torch.linspace(0, 3, 300_001)
         best = z[((x - z) ** 2 + 0.2 * z).argmin()]
         assert abs(best - max(0, x - 0.1)) < 1e-4
+
+
+def test_multi_topk_adds_the_loss_at_4k_and_not_the_loss_of_summed_activations():
+    sae, x = SAE(5, 20, "multi_topk", 3), torch.randn(6, 5)
+    wide = SAE(5, 20, "topk", 12)  # the same seed, and so the same weights
+    expected = (wide(x) - x).pow(2).sum(1).mean() / 8
+    torch.testing.assert_close(sae.method.penalty(sae, x, sae.run(x))["multi_topk"], expected)
+
+
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+def test_batchtopk_keeps_k_a_token_on_average_and_gives_more_to_tokens_that_need_more(path):
+    sae, x = SAE(16, 40, "batchtopk", 3), torch.randn(200, 16) * torch.linspace(0.1, 3, 200)[:, None]
+    l0 = (sae.run(x, path).latents > 0).sum(1)
+    assert l0.sum() == 3 * 200 and l0[:50].float().mean() < 1 < 5 < l0[150:].float().mean()
+
+
+def test_batchtopk_in_use_does_not_look_at_the_other_tokens_of_a_batch():
+    sae, x = SAE(16, 40, "batchtopk", 3), torch.randn(200, 16)
+    for _ in range(5):
+        sae(x)
+    in_training = sae(x)[:7]
+    sae.eval()
+    torch.testing.assert_close(sae(x)[:7], sae(x[:7]))
+    torch.testing.assert_close(sae(x)[:7], in_training)  # the same batch again and again: its threshold is the mean
+    torch.testing.assert_close(sae.encode(x) @ sae.W_dec + sae.b_pre, sae(x))

@@ -106,6 +106,25 @@ def test_auxk_predicts_the_residual_without_b_pre_from_the_largest_dead_latents(
     torch.testing.assert_close(auxk_term(sae, x, x_hat, dead, 5), expected)
 
 
+@pytest.mark.parametrize("n_dead", [3, 8, 40])
+def test_auxk_is_the_same_on_the_sparse_path_with_all_its_gradients(n_dead, monkeypatch):
+    sae, dead = SAE(16, 40, "topk", 4, seed=3), torch.arange(n_dead)
+    found = []
+    for few in (0, 1000):  # always sparse, never
+        monkeypatch.setattr(saelib.train, "FEW_OF_MANY", few)
+        term = auxk_term(sae, X[:50], sae(X[:50]), dead, min(5, n_dead))
+        found.append([term.detach(), *(g.to_dense() for g in torch.autograd.grad(term, list(sae.parameters())))])
+    for ours, twin in zip(*found):
+        torch.testing.assert_close(ours, twin)
+
+
+def test_batchtopk_trains_and_keeps_its_threshold(tmp_path):
+    fit = saelib.fit(X, "batchtopk", 4, n_latents=40, n_tokens=20_000, batch_size=200, lr=1e-2, progress=False)
+    assert fit.metrics["l0"] == pytest.approx(4, rel=0.2) and fit.metrics["normalized_mse"] < 0.8
+    fit.sae.save(tmp_path)
+    assert torch.equal(saelib.load(tmp_path)(X), fit.sae(X)) and fit.sae.method.threshold > 0
+
+
 def test_dead_is_counted_in_tokens_since_a_latent_fired():
     loop = Loop(SAE(16, 40, "topk", 4), 1e-3, 250, 0.0, 8, 0.0)
     out = loop.sae.run(X[:100])
