@@ -66,10 +66,10 @@ CLAIMS = {
                   "On every subject and in every seed: the sum of ReLU's active latents rises; TopK's absolute changes, relative to the sum, are smaller than ReLU's; "
                   "and the change of TopK's sum is within a quarter of ReLU's",
                   "ReLU's values are biased downwards, TopK's less (read off the figure of §5.1)", criteria.refined),
-    "A3.2": Claim("At equal L0 TopK reconstructs better than ReLU", "§3.1, Fig. 2a",
+    "A3.2": Claim("At equal L0 TopK reconstructs better than ReLU", "§2.3, Fig. 2a",
                   "On every subject and at every L0 compared, ReLU's normalized MSE is more than 1 times TopK's in every seed",
                   "TopK below ReLU at every L0 (read off Fig. 2a)", criteria.headline),
-    "A3.3": Claim("The gap between TopK and ReLU grows with the number of latents", "§3.1, Fig. 2b",
+    "A3.3": Claim("The gap between TopK and ReLU grows with the number of latents", "§2.3, Fig. 2b",
                   "At L0 32, the ratio of ReLU's error to TopK's at the largest n over that at the smallest n has a 95 % interval over seeds above 1",
                   "the gap widens with n (read off Fig. 2b)", criteria.gap_grows),
     "A3.4": Claim("TopK runs are compared at exactly equal L0, ReLU runs are not", "§2.3",
