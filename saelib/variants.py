@@ -47,9 +47,9 @@ class ReLUSmoothest(ReLUSmooth):
 
 
 class ReLUSubgradient(ReLU):
-    """ReLU with L1, where the derivative of |z| at z = 0 is ours to choose: `at_zero`, anything in [-1, 1].
+    """ReLU with L1, where the derivative of `|z|` at z = 0 is ours to choose: `at_zero`, anything in [-1, 1].
 
-    loss = ||x - x_hat||² + l1_coef Σ_i |z_i|,  d|z|/dz = at_zero where z = 0, else sign(z)
+    loss = ||x - x_hat||² + l1_coef Σ_i `|z_i|`,  d `|z|` /dz = at_zero where z = 0, else sign(z)
 
     Ours, because torch chooses 0, and the choice should not matter behind a ReLU.
     """
