@@ -5,6 +5,7 @@ import platform
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from saelib.sae import SAE, geometric_median
 from saelib.train import paper_lr, train
 
 PACKAGE = Path(__file__).parent
-DECIDING = ("dense", "kernels", "losses", "methods", "metrics", "runs", "sae", "sources", "subjects", "texts", "train", "triton_kernels",
+DECIDING = ("cache", "dense", "kernels", "losses", "methods", "metrics", "runs", "sae", "sources", "subjects", "texts", "train", "triton_kernels",
             "triton_select", "variants")
 MEDIAN_ROWS = 8192
 BF16_WEIGHTS = 2**16
@@ -88,7 +89,12 @@ def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", 
         sae.b_pre.copy_(geometric_median(next(source.batches(min(MEDIAN_ROWS, source.n_tokens), 1, config.seed))))
     sae.to(device)
     n_steps, start = -(-config.n_tokens // batch_size), time.monotonic()
-    history = train(sae, lambda step: source.batches(batch_size, n_steps, config.seed, step), n_steps, lr=config.lr,
+
+    def batches(step: int) -> Iterator[Tensor]:
+        upcoming = source.batches(batch_size, n_steps, config.seed, step)
+        return sources.ahead(upcoming) if device != "cpu" and source.shards[0].device.type == "cpu" else upcoming
+
+    history = train(sae, batches, n_steps, lr=config.lr,
                     penalty_warmup=config.penalty_warmup, auxk_coef=config.auxk_coef, dead_after=config.dead_after,
                     ema_decay=config.ema_decay, path=config.path, checkpoint=checkpoint,
                     precision=pick_precision(config.precision, device, sae.W_enc.numel()),
@@ -129,7 +135,7 @@ def fit(source: Tensor | sources.Source, method: str = "topk", sparsity: float =
         source = sources.from_tensor(source)
     config = RunConfig(source.name, method, sparsity, n_latents, n_tokens, batch_size, lr, seed)
     with tqdm(total=n_tokens, unit="tok", unit_scale=True, disable=not progress, desc=f"{method} {sparsity:g}") as bar:
-        return fit_source(source, config, device, bar.update)
+        return fit_source(source.on(pick_device(device)), config, device, bar.update)
 
 
 @cache
@@ -157,10 +163,10 @@ _OPENING = threading.Lock()
 def open_source(config: RunConfig, device: str = "cpu") -> sources.Source:
     """The source of a run; members of a sweep that ask for the same share it."""
     config = config.resolve()
-    key = config.subject, config.source_tokens, config.text, config.layer
+    key = config.subject, config.source_tokens, config.text, config.layer, device
     with _OPENING:
         if key not in _SOURCES:
-            _SOURCES[key] = subjects.open_source(config.subject, config.source_tokens, text=config.text, layer=config.layer, device=device)
+            _SOURCES[key] = subjects.open_source(config.subject, config.source_tokens, text=config.text, layer=config.layer, device=device).on(device)
         return _SOURCES[key]
 
 

@@ -1,21 +1,19 @@
-"""Where activations come from, and the cache that keeps them on disk."""
-import hashlib
-import json
-import os
+"""Where activations come from: what an SAE is trained on and judged by."""
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 UNIT_NORM = "unit_norm"
 FILE_TYPES = (".npy", ".safetensors")
-SHARD_ROWS = 2**17
+PIECE_ROWS = 2**17  # tokens looked at in one go
 SAMPLE_ROWS = 2**13
 DICTIONARY_SEED = 20_240_606  # far from the seeds of SAEs: with an SAE's own seed its first rows would BE the dictionary
 
@@ -56,7 +54,7 @@ class Source:
     def __post_init__(self):
         for tensor in [*self.shards, self.held_out]:
             check_activations(tensor)
-        sums = sum(piece.float().sum(0, dtype=torch.float64) for shard in self.shards for piece in shard.split(SHARD_ROWS))
+        sums = sum(piece.float().sum(0, dtype=torch.float64) for shard in self.shards for piece in shard.split(PIECE_ROWS))
         self.mean = (sums / self.n_tokens).float()
 
     @property
@@ -66,6 +64,16 @@ class Source:
     @property
     def n_tokens(self) -> int:
         return sum(len(shard) for shard in self.shards)
+
+    def on(self, device: str) -> "Source":
+        """The same source with its training activations on a GPU, if half of the memory that is free there can hold them: a
+        batch is then gathered where it is used. On the CPU, or if they are too many, the source as it is (see `ahead`)."""
+        n_bytes = sum(shard.nbytes for shard in self.shards)
+        if device == "cpu" or 2 * n_bytes > torch.cuda.mem_get_info()[0]:
+            return self
+        there = copy(self)
+        there.shards = [shard.to(device) for shard in self.shards]
+        return there
 
     def batches(self, batch_size: int, n_steps: int, seed: int, start: int = 0) -> Iterator[Tensor]:
         """Batches number `start` to `n_steps` of an endless shuffle: each epoch visits every token once, in an
@@ -85,15 +93,36 @@ class Source:
             yield self._gather(torch.cat(picked), edges)
 
     def _gather(self, index: Tensor, edges: Tensor) -> Tensor:
+        device = self.shards[0].device
+        if device.type != "cpu":
+            index, edges = index.to(device), edges.to(device)
         if len(self.shards) == 1:
             return self.shards[0][index].float()
         shard_of = torch.bucketize(index, edges, right=True)
-        batch = torch.empty(len(index), self.d_model)
+        batch = torch.empty(len(index), self.d_model, device=device)
         for number in shard_of.unique().tolist():
             here = shard_of == number
             first = int(edges[number - 1]) if number else 0
             batch[here] = self.shards[number][index[here] - first].float()
         return batch
+
+
+def ahead(batches: Iterator[Tensor], pin: bool = True) -> Iterator[Tensor]:
+    """The same batches, each gathered in a second thread while the one before it is used, so that a GPU does not wait for it.
+
+    Args:
+        batches: on the CPU.
+        pin: put them into page-locked memory, from which a GPU copies without waiting.
+    """
+    def gather() -> Tensor | None:
+        batch = next(batches, None)
+        return batch.pin_memory() if pin and batch is not None else batch
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(gather)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(gather)
+            yield batch
 
 
 def check_activations(x: Tensor) -> None:
@@ -104,7 +133,7 @@ def check_activations(x: Tensor) -> None:
         raise ValueError(f"source has shape {list(x.shape)}: it must hold at least one token")
     if not x.is_floating_point():
         raise ValueError(f"source has dtype {x.dtype}: it must be a floating-point tensor")
-    for piece in x.split(SHARD_ROWS):
+    for piece in x.split(PIECE_ROWS):
         if not torch.isfinite(piece).all():
             bad = int((~torch.isfinite(x).all(1)).nonzero()[0])
             raise ValueError(f"source holds NaN or Inf, first in row {bad}: activations must be finite")
@@ -172,73 +201,3 @@ def synthetic(n_tokens: int, *, d_model: int = 64, n_features: int = 256, l0: fl
         return torch.cat(pieces)
 
     return Source("synthetic", [sample(n_tokens)], sample(max(1, n_tokens // 10)), UNIT_NORM, features)
-
-
-def cache_folder() -> Path:
-    """Where activations are kept: $SAELIB_CACHE, or ~/.cache/saelib."""
-    return Path(os.environ.get("SAELIB_CACHE", Path.home() / ".cache" / "saelib"))
-
-
-def cached(key: dict, make: Iterator[Tensor], name: str) -> list[Tensor]:
-    """The tensors that `make` yields, kept on disk in shards under a name that `key` determines.
-
-    Shards are float16 safetensors, mapped into memory when read. Each is written beside its place and moved
-    there when whole; the list of shards, written last, makes the entry valid.
-
-    Args:
-        key: everything that determines the activations, JSON-able.
-        make: yields activations [n, d_model]; asked only if the cache lacks them.
-        name: the readable part of the folder's name.
-
-    Raises:
-        ValueError: the cache cannot be written, or a shard on disk is damaged.
-    """
-    text = json.dumps(key, sort_keys=True)
-    folder = cache_folder() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    index = folder / "index.json"
-    if not index.is_file():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            shards = [_write_shard(folder / f"{i:05d}.safetensors", shard) for i, shard in enumerate(_regroup(make))]
-            _replace(index, lambda path: path.write_text(json.dumps({"key": key, "shards": shards}, indent=1)))
-        except OSError as error:
-            raise ValueError(f"cache is {str(cache_folder())!r}: it must be a folder that can be written ({error.strerror})") from None
-    return [_read_shard(folder / shard["file"], shard["rows"]) for shard in json.loads(index.read_text())["shards"]]
-
-
-def _regroup(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
-    held, n = [], 0
-    for piece in pieces:
-        held.append(piece.to(torch.float16))
-        n += len(piece)
-        if n >= SHARD_ROWS:
-            yield torch.cat(held)
-            held, n = [], 0
-    if held:
-        yield torch.cat(held)
-
-
-def _replace(path: Path, write) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _write_shard(path: Path, rows: Tensor) -> dict:
-    _replace(path, lambda partial: save_file({"x": rows.contiguous()}, partial))
-    return {"file": path.name, "rows": len(rows)}
-
-
-def _read_shard(path: Path, n_rows: int) -> Tensor:
-    rule = f"cache shard {str(path)!r} is damaged: delete its folder and it is made again"
-    try:
-        with safe_open(path, "pt") as shard:
-            rows = shard.get_tensor("x")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{rule} ({error})") from None
-    if len(rows) != n_rows:
-        raise ValueError(f"{rule} (it has {len(rows)} rows, not {n_rows})")
-    return rows

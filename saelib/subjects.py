@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from saelib import sources, texts
+from saelib import cache, sources, texts
 
 PYGPT = Path(__file__).parent / "pygpt"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -175,7 +175,7 @@ def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: 
     for split, n in (("train", n_tokens), ("test", n_held_out)):
         key = {"subject": model_key(subject), "text": texts.fingerprint(text), "split": split, "n_tokens": n, "layer": layer,
                "context": CONTEXT, "normalisation": sources.UNIT_NORM, "dtype": str(fast_dtype(device)), "code": CODE}
-        parts[split] = sources.cached(key, activations(subject, text, split, n, layer, device), f"{Path(subject).name}-{split}")
+        parts[split] = cache.cached(key, activations(subject, text, split, n, layer, device), f"{Path(subject).name}-{split}")
     return sources.Source(subject, parts["train"], torch.cat(parts["test"]).float(), sources.UNIT_NORM)
 
 
@@ -190,4 +190,4 @@ def model_key(subject: str) -> str:
     return digest.hexdigest()[:16]
 
 
-CODE = hashlib.sha256(b"".join(Path(m).read_bytes() for m in (__file__, sources.__file__, texts.__file__))).hexdigest()[:16]
+CODE = hashlib.sha256(b"".join(Path(m).read_bytes() for m in (__file__, cache.__file__, sources.__file__, texts.__file__))).hexdigest()[:16]

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from saelib.runs import RunConfig, code_hash, pick_device, run
 
+STREAMS = 4  # members of a sweep at once on a GPU
 
 def read_rows(store: Path | str) -> list[dict]:
     """The rows of a store, in the order in which they were written. A torn last line, left by a kill, is cut off."""
@@ -27,9 +28,9 @@ def read_rows(store: Path | str) -> list[dict]:
 
 
 def side_by_side(task: Callable, items: Iterable, device: str = "cpu", stop: threading.Event | None = None) -> list:
-    """[task(item) for item in items], as many at once as there are cores, a thread each; one after another on a GPU.
+    """[task(item) for item in items], a thread each: as many at once as there are cores, or a few on a GPU, each in a stream of its own.
 
-    A small SAE gains little from a second core, and two of them gain all of it.
+    A small SAE gains little from a second core, and two of them gain all of it; nor does it fill a GPU.
 
     Args:
         task: called with one item.
@@ -43,9 +44,11 @@ def side_by_side(task: Callable, items: Iterable, device: str = "cpu", stop: thr
     def alone(item):
         if on_cpu:
             torch.set_num_threads(1)
-        return task(item)
+            return task(item)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return task(item)
 
-    with ThreadPoolExecutor(n_cores if on_cpu else 1) as pool:
+    with ThreadPoolExecutor(n_cores if on_cpu else STREAMS) as pool:
         futures = [pool.submit(alone, item) for item in items]
         try:
             return [future.result() for future in futures]
@@ -61,8 +64,8 @@ def side_by_side(task: Callable, items: Iterable, device: str = "cpu", stop: thr
 def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, device: str = "auto", progress: bool = True) -> list[dict]:
     """The rows of `configs`, in their order: read from the store where it has them, run where it lacks them.
 
-    A row counts only if the code that made it is the code that is here. Members run side by side, a thread and a core
-    each, so that a row does not depend on how many cores there are. Each row is written when it is done: kill the sweep,
+    A row counts only if the code that made it is the code that is here. Members run side by side, a thread and a core or a stream
+    each, and share the activations, so that a row does not depend on how many run at once. Each row is written when it is done: kill the sweep,
     and the next call goes on from there.
 
     Args:

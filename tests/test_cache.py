@@ -1,0 +1,59 @@
+import json
+
+import pytest
+import torch
+
+from saelib import cache
+
+
+def test_the_cache_gives_back_what_was_made_and_does_not_make_it_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "SHARD_ROWS", 25)
+    x = torch.randn(60, 3)
+    made = []
+
+    def make():
+        made.append(1)
+        yield from x.split(10)
+
+    for _ in range(2):
+        shards = cache.cached({"a": 1}, make(), "t")
+        torch.testing.assert_close(torch.cat(shards), x.half())
+    assert len(made) == 1 and [len(s) for s in shards] == [30, 30]
+    cache.cached({"a": 2}, make(), "t")
+    assert len(made) == 2
+
+
+def test_a_harvest_that_fails_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path))
+
+    def make():
+        yield torch.zeros(5, 2)
+        raise RuntimeError("the model broke")
+
+    with pytest.raises(RuntimeError):
+        cache.cached({}, make(), "t")
+    assert not list(tmp_path.rglob("index.json")) and not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_truncated_shard_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path))
+    cache.cached({}, iter([torch.zeros(50, 20)]), "t")
+    shard = next(tmp_path.rglob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"cache shard '.*00000.safetensors' is damaged: delete its folder"):
+        cache.cached({}, iter([]), "t")
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="cache is '.*file': it must be a folder that can be written"):
+        cache.cached({}, iter([torch.zeros(5, 2)]), "t")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_index_names_what_determined_the_activations(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path))
+    cache.cached({"subject": "s", "layer": 3}, iter([torch.zeros(5, 2)]), "s-train")
+    assert json.loads(next(tmp_path.rglob("index.json")).read_text())["key"] == {"subject": "s", "layer": 3}
