@@ -98,7 +98,7 @@ def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", 
                     penalty_warmup=config.penalty_warmup, auxk_coef=config.auxk_coef, dead_after=config.dead_after,
                     ema_decay=config.ema_decay, path=config.path, checkpoint=checkpoint,
                     precision=pick_precision(config.precision, device, sae.W_enc.numel()),
-                    on_step=on_tokens and (lambda step: on_tokens(batch_size)))
+                    on_step=on_tokens and (lambda step: on_tokens(min(batch_size, config.n_tokens - (step - 1) * batch_size))))
     seconds = time.monotonic() - start
     measured = metrics.evaluate(sae, source.held_out, source.mean)
     if source.truth is not None:

@@ -14,7 +14,7 @@ from saelib.sae import SAE, Output
 BETAS, EPS = (0.9, 0.999), 6.25e-10  # Paper: Appendix A.3
 LOG_POINTS = 100
 CHECKPOINT_SECONDS = 60
-FEW_OF_MANY = 8  # dead latents for each active one from which AuxK takes the sparse path
+FEW_OF_MANY = 8  # dead latents for each active one from which AuxK takes the sparse path: about there both cost the same
 
 
 def paper_lr(n_latents: int) -> float:

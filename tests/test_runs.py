@@ -114,6 +114,12 @@ def test_progress_goes_to_stderr_and_can_be_silent(capsys):
     assert not capsys.readouterr().err
 
 
+def test_progress_counts_as_many_tokens_as_were_asked_for():
+    seen = []
+    runs.fit_source(saelib.sources.from_tensor(torch.randn(100, 4)), config(n_latents=8, sparsity=2, n_tokens=250, batch_size=60), on_tokens=seen.append)
+    assert seen == [60, 60, 60, 60, 10]
+
+
 def test_an_unknown_profile_or_setting_is_refused():
     with pytest.raises(ValueError, match="profile is 'lapptop': it must be one of quick, laptop, gpu, paper"):
         profiles.settings("frontier", "lapptop")

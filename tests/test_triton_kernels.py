@@ -218,7 +218,8 @@ def a_loop(monkeypatch, on_gpu, method="topk", n_steps=4):
         if step == 2:
             loop, state = fresh(), loop.state()
             loop.restore(state)
-        loop.one(random(16, 12, seed=step), 1.0, 1.0, "sparse", "fp32", log=True)
+        # seeds far from the SAE's own: with that one a token IS a row, and what is left of a gradient is rounding, which Adam makes large
+        loop.one(random(16, 12, seed=100 + step), 1.0, 1.0, "sparse", "fp32", log=True)
         history.append(loop.history[-1]["squared_error"])
     return [p.detach() for p in loop.sae.parameters()], history
 
@@ -229,3 +230,16 @@ def test_training_on_the_kernels_of_the_gpu_is_training_on_the_stock_operations(
     assert history == pytest.approx(expected, rel=1e-4)
     for ours, twin in zip(weights, twins):
         torch.testing.assert_close(ours, twin, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["multi_topk", "batchtopk"])
+def test_methods_that_choose_otherwise_find_the_same_on_the_kernels_of_the_gpu(monkeypatch, method):
+    found = []
+    for on_gpu in (True, False):
+        monkeypatch.setattr(kernels, "on_gpu", lambda x: on_gpu)
+        sae, x = SAE(12, 40, method, 3).to(DEVICE), random(9, 12, seed=100)
+        out = sae.run(x)
+        loss = train.losses.squared_error(x, out.x_hat) + sum(sae.method.penalty(sae, x, out).values())
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(sae.parameters()))])
+    for ours, twin in zip(*found):
+        torch.testing.assert_close(ours, twin, rtol=1e-4, atol=1e-5)
