@@ -301,6 +301,17 @@ def test_a_frontier_reads_its_runs_by_pointer_and_by_keyboard(page, name):
     assert page.errors == []
 
 
+@pytest.mark.parametrize("name", WITH_FRONTIER)
+def test_the_numbers_at_a_frontiers_axes_keep_apart_on_a_phone(page, name):
+    open_page(page, name, viewport=NARROW)
+    page.wait_for_selector(".frontier-live svg text")
+    boxes = page.evaluate("""[...document.querySelectorAll('.frontier-live svg text')].filter((t) => /^[0-9.]+$/.test(t.textContent))
+        .map((t) => t.getBoundingClientRect()).map((b) => [b.left, b.right, b.top, b.bottom])""")
+    assert len(boxes) >= 4
+    for i, (left, right, top, bottom) in enumerate(boxes):
+        assert not any(left < b[1] and b[0] < right and top < b[3] and b[2] < bottom for b in boxes[i + 1:])
+
+
 def with_profiles(page, *profiles):
     """Give each frontier of the next page the rows of these profiles: the site's own, with a third of the error at each next one."""
     def answer(route):

@@ -12,6 +12,8 @@
     l0: "L0", normalized_mse: "normalized MSE", device: "device",
   };
 
+  const LABEL_ROOM = 24;  // pixels between the labels of an axis
+
   const unique = (values) => [...new Set(values)];
 
   /* 1, 2, 5 times powers of ten within the range; every power's nine where those are too few. */
@@ -35,7 +37,12 @@
     const pad = Math.max(0.04, 0.06 * Math.log(Math.max(...values) / Math.min(...values)));
     const low = Math.log(Math.min(...values)) - pad, high = Math.log(Math.max(...values)) + pad;
     const at = (value) => from + (to - from) * (Math.log(value) - low) / (high - low);
-    at.ticks = ticks(Math.exp(low), Math.exp(high));
+    let last = -Infinity;
+    at.ticks = ticks(Math.exp(low), Math.exp(high)).filter((value) => {
+      const fits = Math.abs(at(value) - last) >= LABEL_ROOM;
+      if (fits) last = at(value);
+      return fits;
+    });
     return at;
   }
 
