@@ -1,10 +1,21 @@
-"""The dense path of a ReLU autoencoder: five matrix products, and as few passes over the latents as they allow.
+"""The path of a ReLU autoencoder: the dense latents, in as few passes over them as they allow.
 
-Its plain twin is `SAE.forward` with `path="dense"`, which leaves the gradients to autograd.
+How many latents are active is not known before they are computed, and changes in training: half of them at the start, few at the
+end. While many are, four more matrix products follow. Once few are, the active ones are multiplied one by one (see
+`saelib.kernels`), which computes the same and costs less. The plain twin of both is `SAE.forward` with `path="dense"`, which leaves
+the gradients to autograd.
 """
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from saelib import kernels
+
+FEW = 24  # latents for each active one from which one by one is cheaper: in bfloat16 about there, in float32 a little earlier
+SAMPLE = 64  # tokens on which the share is counted
+GROUP = 8  # latents whose maximum is looked at first
 
 
 class Scratch(dict):
@@ -18,37 +29,76 @@ class Scratch(dict):
         return tensor.detach()
 
 
-class _ReLU(torch.autograd.Function):
+def few_active(latents: Float[Tensor, "batch n_latents"]) -> bool:
+    """Whether one by one is cheaper, by the share of active latents of the first tokens. On a GPU products are cheap."""
+    sample = latents[:SAMPLE]
+    return not latents.is_cuda and FEW * int(sample.count_nonzero()) < sample.numel()
+
+
+def nonzero(latents: Float[Tensor, "batch n_latents"]) -> tuple[Tensor, Tensor]:
+    """Tokens and latents of the positive entries, token by token: `torch.nonzero`, on fewer numbers.
+
+    Cut a row into strided groups (see `kernels.largest`), and look only into those whose maximum is positive.
+    """
+    batch, n_latents = latents.shape
+    size = math.gcd(n_latents, GROUP)
+    groups = latents.view(batch, size, n_latents // size)
+    tokens, group = groups.amax(1).nonzero(as_tuple=True)
+    inside, place = groups[tokens, :, group].nonzero(as_tuple=True)
+    return tokens[inside], place * (n_latents // size) + group[inside]
+
+
+class _Many(torch.autograd.Function):
+    """Decoding by a matrix product, and three or four more for the gradients, all in the type of the latents."""
+
     @staticmethod
-    def forward(ctx, x, b_pre, W_enc, b_enc, W_dec, dtype, scratch):
-        centred, encoder, decoder = (x - b_pre).to(dtype), W_enc.to(dtype), W_dec.to(dtype)
-        latents = scratch.take("latents", (len(x), len(W_enc)), dtype, x.device)
-        torch.addmm(b_enc.to(dtype), centred, encoder.t(), out=latents).relu_()
-        ctx.save_for_backward(centred, encoder, decoder, latents, W_enc)
+    def forward(ctx, x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch):
+        decoder = W_dec.to(latents.dtype)
+        ctx.save_for_backward(centred.to(latents.dtype), W_enc, encoder, decoder, latents)
         ctx.scratch = scratch
-        return (latents @ decoder).to(x.dtype) + b_pre, latents
+        return (latents @ decoder).to(x.dtype).add_(b_pre), latents.detach()
 
     @staticmethod
     def backward(ctx, grad_x_hat, grad_latents):
-        centred, encoder, decoder, latents, W_enc = ctx.saved_tensors
-        cast_grad = grad_x_hat.to(centred.dtype)
+        centred, W_enc, encoder, decoder, latents = ctx.saved_tensors
+        cast_grad = grad_x_hat.to(latents.dtype)
         grad = ctx.scratch.take("grad", latents.shape, latents.dtype, latents.device)
         torch.addmm(grad_latents, cast_grad, decoder.t(), out=grad)
         torch.ops.aten.threshold_backward.grad_input(grad, latents, 0, grad_input=grad)
         grad_b_enc = grad.sum(0).to(W_enc.dtype)
         grad_W_enc, grad_W_dec = (grad.t() @ centred).to(W_enc.dtype), (latents.t() @ cast_grad).to(W_enc.dtype)
-        grad_b_pre = grad_x_hat.sum(0) - grad_b_enc @ W_enc
         grad_x = (grad @ encoder).to(W_enc.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_b_pre, grad_W_enc, grad_b_enc, grad_W_dec, None, None
+        return grad_x, grad_x_hat.sum(0) - grad_b_enc @ W_enc, grad_W_enc, grad_b_enc, grad_W_dec, None, None, None, None
+
+
+class _Few(torch.autograd.Function):
+    """The same over the active latents alone, in the type of the weights."""
+
+    @staticmethod
+    def forward(ctx, x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch):
+        ctx.places = tokens, indices = nonzero(latents)
+        starts = torch.zeros(len(x) + 1, dtype=torch.int32, device=x.device)
+        torch.cumsum(torch.bincount(tokens, minlength=len(x)), 0, out=starts[1:])
+        ctx.active, values = kernels.Active(indices.int(), len(W_enc), starts), latents[ctx.places].to(x.dtype)
+        ctx.save_for_backward(centred, W_enc, W_dec, values)
+        return ctx.active.decode(values, W_dec).add_(b_pre), latents.detach()
+
+    @staticmethod
+    def backward(ctx, grad_x_hat, grad_latents):
+        (centred, W_enc, W_dec, values), active = ctx.saved_tensors, ctx.active
+        grad_x_hat = grad_x_hat.contiguous()
+        grad = active.dot(grad_x_hat, W_dec).add_(grad_latents[ctx.places])
+        grad_b_enc = active.sum_latents(grad)
+        grad_x = active.decode(grad, W_enc) if ctx.needs_input_grad[0] else None
+        return (grad_x, grad_x_hat.sum(0) - grad_b_enc @ W_enc, active.sum_tokens(grad, centred), grad_b_enc,
+                active.sum_tokens(values, grad_x_hat), None, None, None, None)
 
 
 def relu(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[Tensor, "n_latents d"], b_enc: Float[Tensor, " n_latents"],
          W_dec: Float[Tensor, "n_latents d"], precision: str = "fp32", scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
-    """A whole ReLU autoencoder as five matrix products and two passes over the latents. Differentiable in all five tensors.
+    """A whole ReLU autoencoder. Differentiable in all five tensors.
 
     z = ReLU(W_enc (x - b_pre) + b_enc),  x_hat = W_dec^T z + b_pre
-
-    The mask of the ReLU is laid over the latents' gradient in place.
 
     Args:
         x: activations.
@@ -61,5 +111,9 @@ def relu(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[T
 
     Paper: §2.2, Eq. (1)
     """
-    dtype = torch.bfloat16 if precision == "bf16" else x.dtype
-    return _ReLU.apply(x, b_pre, W_enc, b_enc, W_dec, dtype, Scratch() if scratch is None else scratch)
+    dtype, scratch = torch.bfloat16 if precision == "bf16" else x.dtype, Scratch() if scratch is None else scratch
+    with torch.no_grad():
+        centred, encoder = x - b_pre, W_enc.to(dtype)
+        latents = scratch.take("latents", (len(x), len(W_enc)), dtype, x.device)
+        torch.addmm(b_enc.to(dtype), centred.to(dtype), encoder.t(), out=latents).relu_()
+    return (_Few if few_active(latents) else _Many).apply(x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch)

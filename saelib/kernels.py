@@ -31,41 +31,53 @@ class Active:
 
     The weight gradients need the same pairs grouped by latent. Grouping costs a sort, so it is made once,
     when first asked for, and shared by the encoder's and the decoder's gradient.
+
+    Args:
+        indices: the active latents, k for each token; or, for tokens with different numbers of them, all in one row, token
+            by token.
+        n_latents: of the matrix.
+        starts: where each token begins in that row, and where the last one ends.
     """
 
-    def __init__(self, indices: Int[Tensor, "batch k"], n_latents: int):
+    def __init__(self, indices: Int[Tensor, "batch k"] | Int[Tensor, " pairs"], n_latents: int, starts: Int[Tensor, " bounds"] | None = None):
         self.indices, self.n_latents = indices, n_latents
+        self.starts = starts if starts is not None else torch.arange(0, indices.numel() + 1, indices.shape[1], dtype=indices.dtype, device=indices.device)
 
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
         """The (token, latent) pairs in order of latent: their order, their tokens, where each latent begins."""
-        flat, k = self.indices.reshape(-1), self.indices.shape[1]
+        flat = self.indices.reshape(-1)
         key = flat.to(torch.int16) if self.n_latents <= 2**15 else flat  # a radix sort pays by the byte
         order = torch.sort(key, stable=True).indices
-        starts = torch.zeros(self.n_latents + 1, dtype=torch.int64, device=flat.device)
+        starts = torch.zeros(self.n_latents + 1, dtype=flat.dtype, device=flat.device)
         torch.cumsum(torch.bincount(flat, minlength=self.n_latents), 0, out=starts[1:])
-        return order, (order // k).to(self.indices.dtype), starts[:-1].to(self.indices.dtype)
+        lengths = self.starts.diff()
+        tokens = torch.arange(len(lengths), dtype=flat.dtype, device=flat.device).repeat_interleave(lengths, output_size=len(flat))
+        return order, tokens[order], starts
 
-    def decode(self, values: Float[Tensor, "batch k"], rows: Float[Tensor, "n_latents d"]) -> Float[Tensor, "batch d"]:
+    def decode(self, values: Float[Tensor, "*pairs"], rows: Float[Tensor, "n_latents d"]) -> Float[Tensor, "batch d"]:
         """out_b = Σ_j values_bj rows[indices_bj]: the sparse matrix times `rows`."""
-        return F.embedding_bag(self.indices, rows, per_sample_weights=values, mode="sum")
+        return bags(rows, self.indices.reshape(-1), self.starts, values.reshape(-1))
 
-    def sum_tokens(self, values: Float[Tensor, "batch k"], tokens: Float[Tensor, "batch d"]) -> Float[Tensor, "n_latents d"]:
+    def sum_tokens(self, values: Float[Tensor, "*pairs"], tokens: Float[Tensor, "batch d"]) -> Float[Tensor, "n_latents d"]:
         """out_i = Σ_b values_bi tokens_b: the transposed sparse matrix times `tokens`."""
         order, token_of, starts = self.by_latent
-        return F.embedding_bag(token_of, tokens, starts, per_sample_weights=values.reshape(-1)[order], mode="sum")
+        return bags(tokens, token_of, starts, values.reshape(-1)[order])
 
-    def dot(self, tokens: Float[Tensor, "batch d"], rows: Float[Tensor, "n_latents d"]) -> Float[Tensor, "batch k"]:
+    def dot(self, tokens: Float[Tensor, "batch d"], rows: Float[Tensor, "n_latents d"]) -> Float[Tensor, "*pairs"]:
         """out_bj = <tokens_b, rows[indices_bj]>: the entries of tokens @ rows.T that are active."""
-        batch, k = self.indices.shape
-        crow = torch.arange(0, batch * k + 1, k, dtype=self.indices.dtype, device=tokens.device)
-        pattern = torch.sparse_csr_tensor(crow, self.indices.reshape(-1), tokens.new_zeros(batch * k),
-                                          (batch, self.n_latents), check_invariants=False)
-        return torch.sparse.sampled_addmm(pattern, tokens, rows.t()).values().view(batch, k)
+        pattern = torch.sparse_csr_tensor(self.starts, self.indices.reshape(-1), tokens.new_zeros(self.indices.numel()),
+                                          (len(tokens), self.n_latents), check_invariants=False)
+        return torch.sparse.sampled_addmm(pattern, tokens, rows.t()).values().view_as(self.indices)
 
-    def sum_latents(self, values: Float[Tensor, "batch k"]) -> Float[Tensor, " n_latents"]:
+    def sum_latents(self, values: Float[Tensor, "*pairs"]) -> Float[Tensor, " n_latents"]:
         """out_i = Σ_b values_bi."""
         return values.new_zeros(self.n_latents).index_add_(0, self.indices.reshape(-1), values.reshape(-1))
+
+
+def bags(rows: Tensor, indices: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
+    """out_b = Σ_j weights_j rows[indices_j], j from starts_b to starts_b+1."""
+    return F.embedding_bag(indices, rows, starts, per_sample_weights=weights, mode="sum", include_last_offset=True)
 
 
 class ActiveOnGPU(Active):

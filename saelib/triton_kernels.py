@@ -143,7 +143,7 @@ def sum_tokens(order: Int[Tensor, " pairs"], token_of: Int[Tensor, " pairs"], st
     latent, which adds those sums and fewer than 2 `CHUNK` pairs. So no program adds more than 2 `CHUNK` + B / `CHUNK` rows.
 
     Args:
-        order, token_of, starts: from `group_by_latent`, or `Active.by_latent` (`starts` may lack its end).
+        order, token_of, starts: from `group_by_latent`, or `Active.by_latent`.
         values: of the pairs, in the order of the tokens.
         tokens: one row a token.
         n_latents: rows of the result; those of latents without a pair are 0.
@@ -152,8 +152,7 @@ def sum_tokens(order: Int[Tensor, " pairs"], token_of: Int[Tensor, " pairs"], st
     """
     n_pairs, d = len(order), tokens.shape[1]
     require(values.numel() == n_pairs, "values", list(values.shape), f"{n_pairs} values, as order has")
-    require(len(starts) - n_latents in (0, 1), "starts", len(starts), f"{n_latents} or {n_latents + 1} numbers")
-    starts = starts if len(starts) > n_latents else torch.cat([starts, starts.new_full((1,), n_pairs)])
+    require(len(starts) == n_latents + 1, "starts", len(starts), f"{n_latents + 1} numbers")
     starts, values, tokens = starts.contiguous(), values.contiguous(), tokens.contiguous()
     n_chunks, size, picks = n_pairs // CHUNK, block(d, 256), block(CHUNK, 8, 4)
     sums, out = torch.empty(n_chunks, d, device=tokens.device), torch.empty(n_latents, d, device=tokens.device)
