@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from saelib import metrics, runs, subjects, sweeps, timing
-from saelib.contestants import CASES, Floor, Ours, Setting, auto_name, floors, ours, plain
+from saelib.contestants import CASES, RELU, Floor, Ours, Setting, auto_name, floors, ours, plain
 from saelib.parts import large_copy, parts, predict
 from saelib.peers import peers
 
@@ -41,7 +41,7 @@ def steps(settings: list[Setting], cases: tuple[str, ...], seconds: float) -> It
     for s in settings:
         makers = floors(s)
         for case in cases:
-            makers |= {**ours(s, case, twin=case != "relu"), **plain(s, case), **peers(s, case)}
+            makers |= {**ours(s, case, twin=case not in RELU), **plain(s, case), **peers(s, case)}
         rows = timing.compare(makers, s.batches(2), GEMM[s.device], seconds / len(settings), f"steps, n = {s.n_latents}, batch {s.batch_size}")
         yield from ({"table": "steps", "setting": asdict(s), "auto": auto_name(s), **row} for row in rows)
 
@@ -164,7 +164,7 @@ def tables(device: str, seconds: float) -> dict[str, tuple]:
     if device == "cuda":
         return {"steps": (steps, ON_GPU, ("topk", "auxk"), seconds * 0.6), "fit": (whole_fit, ON_GPU[0], seconds * 0.05),
                 "harvest": (harvesting, device, seconds * 0.05), "load": (loading, device, seconds * 0.03), "target": (target, device)}
-    return {"steps": (steps, [FIRST], CASES, seconds * 0.2), "wide": (steps, [WIDE], ("topk",), seconds * 0.2),
+    return {"steps": (steps, [FIRST], CASES, seconds * 0.25), "wide": (steps, [WIDE], ("topk",), seconds * 0.15),
             "fit": (whole_fit, FIRST, seconds * 0.05), "memory": (memory, [FIRST, WIDE]), "parts": (taken_apart, [FIRST, WIDE], seconds * 0.15),
             "harvest": (harvesting, device, seconds * 0.05), "load": (loading, device, seconds * 0.03),
             "target": (target, device), "curves": (curves, FIRST, seconds * 0.25)}
@@ -174,7 +174,7 @@ def text(rows: list[dict]) -> str:
     """The rows of one table as lines to read."""
     lines = [f"\n{rows[0]['table']}: " + ", ".join(f"{name} {value}" for name, value in rows[0]["setting"].items())]
     for row in rows:
-        said = f"{row['case']:6} {row['name']:22}"
+        said = f"{row['case']:8} {row['name']:22}"
         if "failed" in row:
             said += f" failed: {row['failed']}"
         if "ms" in row:

@@ -1,7 +1,8 @@
 """What the benchmark times: floors, our training step, and the ordinary one, all from the same weights on the same tensors.
 
 A contestant has `step(x)`: one training step on a batch. Those that train have `n_dead()` and `trained()` too. There are
-three cases: "topk" with nothing dead, "auxk" with one latent in twenty dead and AuxK at work on them, "relu" with an L1 penalty.
+four cases: "topk" with nothing dead, "auxk" with one latent in twenty dead and AuxK at work on them, "relu" with an L1 penalty as
+training begins, with half of the latents active, and "relu_few" with k of them active, as in training's later part.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saelib import runs, sources, subjects, train
+from saelib.methods import keep_largest
 from saelib.sae import SAE
 
-CASES = ("topk", "auxk", "relu")
+CASES = ("topk", "auxk", "relu", "relu_few")
+RELU = CASES[2:]
 DEAD_EVERY = 20  # one latent in 20 is dead in the case "auxk"
 DEAD_AFTER = 10**8  # tokens: in a benchmark nothing else dies
 LONG_DEAD = 10**9
@@ -43,10 +46,13 @@ class Setting:
     def start(self, case: str) -> SAE:
         """The weights that every contestant starts from. Dead latents have an encoder row a hundred times shorter: it
         never makes the k largest, while AuxK finds positive values and a gradient there, as with real dead latents."""
-        sae = SAE(self.d_model, self.n_latents, "relu" if case == "relu" else "topk", L1_COEF if case == "relu" else self.k)
-        if case == "auxk":
-            with torch.no_grad():
+        sae = SAE(self.d_model, self.n_latents, "relu" if case in RELU else "topk", L1_COEF if case in RELU else self.k)
+        with torch.no_grad():
+            if case == "auxk":
                 sae.W_enc[::DEAD_EVERY].mul_(0.01)
+            if case == "relu_few":
+                x = self.batches(1)[0][:256].cpu()
+                sae.b_enc -= sae.pre_acts(x).flatten().topk(self.k * len(x)).values[-1]
         return sae.to(self.device)
 
 
@@ -93,12 +99,12 @@ class Plain:
     def loss(self, x: Tensor) -> Tensor:
         sae = self.sae
         pre_acts = F.linear(x - sae.b_pre, sae.W_enc, sae.b_enc)
-        latents = torch.relu(pre_acts) if self.case == "relu" else keep_largest(pre_acts, sae.method.k)
+        latents = torch.relu(pre_acts) if self.case in RELU else keep_largest(pre_acts, sae.method.k)
         x_hat = latents @ sae.W_dec + sae.b_pre
         residual = x - x_hat
         loss = residual.pow(2).sum(1).mean()
         self.since = torch.where((latents > 0).any(0), 0, self.since + len(x))
-        if self.case == "relu":
+        if self.case in RELU:
             return loss + sae.method.sparsity * latents.sum(1).mean()
         dead = self.since > DEAD_AFTER
         if dead.any():
@@ -122,12 +128,6 @@ class Plain:
 
     def trained(self) -> SAE:
         return self.sae
-
-
-def keep_largest(pre_acts: Tensor, k: int) -> Tensor:
-    """The k largest of each row where they are positive, and zeros elsewhere, as a dense matrix."""
-    values, indices = pre_acts.topk(k, dim=1)
-    return torch.zeros_like(pre_acts).scatter(1, indices, torch.relu(values))
 
 
 def floors(setting: Setting) -> dict[tuple[str, str], Callable[[], Floor]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from saelib.contestants import AUXK_COEF, DEAD_AFTER, DEAD_EVERY, L1_COEF, LONG_DEAD, LR, Setting
+from saelib.contestants import AUXK_COEF, DEAD_AFTER, DEAD_EVERY, L1_COEF, LONG_DEAD, LR, RELU, Setting
 from saelib.sae import SAE
 
 
@@ -32,13 +32,13 @@ class SAELens:
         from sae_lens.config import SAETrainerConfig
         from sae_lens.training.sae_trainer import SAETrainer
         size = dict(d_in=setting.d_model, d_sae=setting.n_latents, device=setting.device, apply_b_dec_to_input=True)
-        if case == "relu":
+        if case in RELU:
             sae = StandardTrainingSAE(StandardTrainingSAEConfig(l1_coefficient=L1_COEF, **size))
         else:
             sae = TopKTrainingSAE(TopKTrainingSAEConfig(k=setting.k, use_sparse_activations=sparse, aux_loss_coefficient=AUXK_COEF,
                                                         rescale_acts_by_decoder_norm=not sparse, **size))
         own, self.k, self.rescaled = setting.start(case), setting.k, not sparse
-        if case == "relu":
+        if case in RELU:
             self.differs = "no unit rows: its penalty scales by their norms"
         elif sparse:  # its backward pass fails on sparse activations that were scaled
             self.differs = "rows of any norm; AuxK not normalised"
@@ -73,13 +73,13 @@ class DictionaryLearning:
         from dictionary_learning.trainers.top_k import TopKTrainer
         size = dict(steps=10**6, activation_dim=setting.d_model, dict_size=setting.n_latents, layer=0, lm_name="none", lr=lr, warmup_steps=1,
                     device=setting.device)
-        if case == "relu":
+        if case in RELU:
             self.trainer, self.differs = StandardTrainer(l1_penalty=L1_COEF, sparsity_warmup_steps=1, **size), "does not clip, nor count what fired"
         else:
             self.trainer, self.differs = TopKTrainer(k=setting.k, auxk_alpha=AUXK_COEF, **size), ""
             self.trainer.dead_feature_threshold = DEAD_AFTER
         own, ae, self.k, self.steps = setting.start(case), self.trainer.ae, setting.k, 1  # not 0: there it would find a median first
-        b_dec = ae.bias if case == "relu" else ae.b_dec
+        b_dec = ae.bias if case in RELU else ae.b_dec
         with torch.no_grad():
             for theirs, ours in ((ae.encoder.weight, own.W_enc), (ae.encoder.bias, own.b_enc), (ae.decoder.weight, own.W_dec.t()),
                                  (b_dec, own.b_pre)):
@@ -143,7 +143,7 @@ def peers(setting: Setting, case: str, lr: float = LR) -> dict[tuple[str, str], 
     """(case, name) -> what makes it, for the libraries that are installed and have the case."""
     made = {"SAELens, dense": (SAELens, {}), "SAELens, sparse COO": (SAELens, {"sparse": True}),
             "dictionary_learning": (DictionaryLearning, {}), "sparsify": (Sparsify, {})}
-    if case == "relu":
+    if case in RELU:
         made = {"SAELens": (SAELens, {}), "dictionary_learning": (DictionaryLearning, {})}
     return {(case, name): (lambda make=make, more=more: make(setting, case, lr, **more))
             for name, (make, more) in made.items() if importlib.util.find_spec(make.library)}

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 
 from saelib.plots import LOOK, PAPER_GREY, Picture, canvas, group, name_ends, plain_log
 
-CASE_TITLES = {"floor": "floors", "topk": "TopK, nothing dead", "auxk": "TopK, 5 % dead, AuxK on", "relu": "ReLU + L1"}
+CASE_TITLES = {"floor": "floors", "topk": "TopK, nothing dead", "auxk": "TopK, 5 % dead, AuxK on", "relu": "ReLU + L1, half active", "relu_few": "ReLU + L1, k active"}
 AXIS_TITLES = {"n_latents": "number of latents, n", "k": "active latents, k", "batch_size": "tokens in a batch"}
 OTHERS = "#D55E00"
 

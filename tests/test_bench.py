@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saelib import bench, contestants, parts, peers, speed_plots, timing
-from saelib.contestants import CASES, Ours, Plain, Setting
+from saelib.contestants import CASES, RELU, Ours, Plain, Setting
 
 TINY = Setting(32, 320, 4, 64)
 PROMISED = {"table", "setting", "case", "name", "ms", "ratio", "rounds", "differs"}
@@ -37,6 +37,12 @@ def test_the_plain_loop_and_ours_do_the_same_work(case, path):
     assert not any(torch.equal(a, b) for a, b in zip(weights(own), [p.detach() for p in TINY.start(case).parameters()]))
 
 
+def test_the_case_with_few_active_latents_starts_with_k_of_them():
+    x, = TINY.batches(1)
+    l0 = {case: float((TINY.start(case).encode(x) > 0).sum(1).float().mean()) for case in ("relu", "relu_few")}
+    assert l0["relu"] > TINY.n_latents / 4 and 0.8 < l0["relu_few"] / TINY.k < 1.25
+
+
 @pytest.mark.parametrize("kind", [Ours, Plain])
 def test_one_latent_in_twenty_stays_dead_and_auxk_trains_it(kind):
     with_dead, start = kind(TINY, "auxk"), TINY.start("auxk")
@@ -54,7 +60,7 @@ def test_other_libraries_begin_with_our_weights_and_keep_the_dead_dead(case):
         for x in TINY.batches(2):
             theirs.step(x)
         assert theirs.n_dead() == (16 if case == "auxk" else 0), name
-        if case != "relu":
+        if case not in RELU:
             assert torch.allclose(theirs.trained().W_dec, TINY.start(case).W_dec, atol=1e-2), name
 
 
