@@ -36,14 +36,14 @@ TARGET_MSE, TARGET_LR, TARGET_STEPS, TARGET_EVERY, TARGET_TOKENS = 0.2, 4e-3, 10
 GEMM = {"cpu": ("floor", "GEMM fp32"), "cuda": ("floor", "GEMM bf16")}
 
 
-def steps(settings: list[Setting], cases: tuple[str, ...], seconds: float) -> Iterator[dict]:
+def steps(settings: list[Setting], cases: tuple[str, ...], seconds: float, table: str = "steps") -> Iterator[dict]:
     """Floors, our steps, the plain loop and the other libraries, for each setting."""
     for s in settings:
         makers = floors(s)
         for case in cases:
             makers |= {**ours(s, case, twin=case not in RELU), **plain(s, case), **peers(s, case)}
         rows = timing.compare(makers, s.batches(2), GEMM[s.device], seconds / len(settings), f"steps, n = {s.n_latents}, batch {s.batch_size}")
-        yield from ({"table": "steps", "setting": asdict(s), "auto": auto_name(s), **row} for row in rows)
+        yield from ({"table": table, "setting": asdict(s), "auto": auto_name(s), **row} for row in rows)
 
 
 def whole_fit(s: Setting, seconds: float) -> Iterator[dict]:
@@ -164,7 +164,8 @@ def tables(device: str, seconds: float) -> dict[str, tuple]:
     if device == "cuda":
         return {"steps": (steps, ON_GPU, ("topk", "auxk"), seconds * 0.6), "fit": (whole_fit, ON_GPU[0], seconds * 0.05),
                 "harvest": (harvesting, device, seconds * 0.05), "load": (loading, device, seconds * 0.03), "target": (target, device)}
-    return {"steps": (steps, [FIRST], CASES, seconds * 0.25), "wide": (steps, [WIDE], ("topk",), seconds * 0.15),
+    return {"steps": (steps, [FIRST], CASES[:3], seconds * 0.2), "few": (steps, [FIRST], CASES[3:], seconds * 0.05, "few"),
+            "wide": (steps, [WIDE], ("topk",), seconds * 0.15),
             "fit": (whole_fit, FIRST, seconds * 0.05), "memory": (memory, [FIRST, WIDE]), "parts": (taken_apart, [FIRST, WIDE], seconds * 0.15),
             "harvest": (harvesting, device, seconds * 0.05), "load": (loading, device, seconds * 0.03),
             "target": (target, device), "curves": (curves, FIRST, seconds * 0.25)}

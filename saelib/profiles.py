@@ -69,7 +69,7 @@ PROFILES = {
                       ks={"minilm": (32,), "pygpt": (32,), "synthetic": (8,)},
                       l1_coefs={"minilm": (0.08, 0.16), "pygpt": (0.08, 0.16), "synthetic": (0.2, 0.5)}),
         "laptop": dict(n_seeds=3, source_tokens=300_000, n_tokens=300_000, batch_size=1024,
-                       n_latents={"minilm": (1536,), "pygpt": (256, 512, 1024), "synthetic": (256,)},
+                       n_latents={"minilm": (1536,), "pygpt": (256, 1024), "synthetic": (256,)},
                        ks={"minilm": (16, 32, 64), "pygpt": (16, 32, 64), "synthetic": (4, 8, 16)},
                        l1_coefs={"minilm": (0.025, 0.045, 0.075, 0.115), "pygpt": (0.025, 0.045, 0.08, 0.15), "synthetic": (0.08, 0.15, 0.3, 0.5)}),
         "gpu": dict(n_seeds=3, source_tokens=3_000_000, n_tokens=20_000_000, batch_size=4096,

@@ -87,8 +87,8 @@ class SAE(nn.Module):
 
         Args:
             x: activations.
-            path: "sparse" never forms the dense latents where the activation function is TopK's, and takes the fewest
-                passes over them where it is ReLU's; "dense" is the plain twin, and serves any other.
+            path: "sparse" never forms the dense latents where the activation function is TopK's; where it is ReLU's it forms
+                them, and multiplies only the active ones once they are few; "dense" is the plain twin, and serves any other.
             precision: "fp32"; "bf16" selects the latents of TopK in bfloat16, and multiplies matrices in it elsewhere.
                 Weights stay in float32.
             scratch: memory for dense latents, which the next pass that gets it overwrites; fresh memory if None.
