@@ -108,7 +108,9 @@ class Loop:
             self.update_in_one_pass()
             return
         self.sae.remove_parallel_gradient()
-        torch.nn.utils.clip_grad_norm_(self.sae.parameters(), 1.0)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.sae.parameters() if p.grad is not None])
+        if norm + 1e-6 > 1:  # most are shorter, and need no pass over all gradients to be multiplied by 1
+            torch.nn.utils.clip_grads_with_norm_(self.sae.parameters(), 1.0, norm)
         self.adam.step()
         self.sae.normalise_decoder()
 

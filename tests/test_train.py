@@ -50,7 +50,7 @@ def test_a_step_keeps_the_order_of_the_design(monkeypatch):
     note(SAE, "run", "forward"), note(Loop, "count_fired", "count"), note(Loop, "terms", "terms")
     note(saelib.train, "check_finite", "finite"), note(torch.optim.Adam, "zero_grad", "zero")
     note(torch.Tensor, "backward", "backward"), note(SAE, "remove_parallel_gradient", "project")
-    note(torch.nn.utils, "clip_grad_norm_", "clip"), note(torch.optim.Adam, "step", "step")
+    note(torch.nn.utils, "get_total_norm", "clip"), note(torch.optim.Adam, "step", "step")
     note(SAE, "normalise_decoder", "renormalise"), note(torch.optim.swa_utils.AveragedModel, "update_parameters", "ema")
     short(n_steps=1, ema_decay=0.9, on_step=lambda step: seen.append("on_step"))
     assert seen[:12] == ["forward", "count", "terms", "finite", "zero", "backward", "project", "clip", "step", "renormalise", "ema", "on_step"]
