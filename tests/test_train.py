@@ -56,6 +56,21 @@ def test_a_step_keeps_the_order_of_the_design(monkeypatch):
     assert seen[:12] == ["forward", "count", "terms", "finite", "zero", "backward", "project", "clip", "step", "renormalise", "ema", "on_step"]
 
 
+@pytest.mark.parametrize("length", [0.5, 1.0, 3.0])
+def test_gradients_are_clipped_to_norm_1_and_shorter_ones_left_as_they_are(monkeypatch, length):
+    loop = Loop(SAE(16, 40, "topk", 4), 1e-3, 1, 0.0, 1, 0.0)
+    for parameter in loop.sae.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(9))
+    loop.sae.remove_parallel_gradient()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in loop.sae.parameters()])
+    torch._foreach_mul_([p.grad for p in loop.sae.parameters()], length / norm)
+    monkeypatch.setattr(SAE, "remove_parallel_gradient", lambda sae: None)
+    wanted = [p.grad * min(1, 1 / length) for p in loop.sae.parameters()]
+    loop.update()
+    for parameter, grad in zip(loop.sae.parameters(), wanted):
+        torch.testing.assert_close(parameter.grad, grad)
+
+
 def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch):
     monkeypatch.setattr(saelib.train, "CHECKPOINT_SECONDS", 0)
 
