@@ -175,7 +175,7 @@ def text(rows: list[dict]) -> str:
     """The rows of one table as lines to read."""
     lines = [f"\n{rows[0]['table']}: " + ", ".join(f"{name} {value}" for name, value in rows[0]["setting"].items())]
     for row in rows:
-        said = f"{row['case']:8} {row['name']:22}"
+        said = f"{row['case']:8} {row['name']:20}"
         if "failed" in row:
             said += f" failed: {row['failed']}"
         if "ms" in row:
