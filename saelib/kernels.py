@@ -16,7 +16,7 @@ from torch import Tensor
 BLOCK_ROWS = 256  # tokens whose pre-activations are held at once: few enough to stay in the cache
 MARGIN = 0.25  # extra candidates that a bf16 selection keeps for the exact choice
 
-with warnings.catch_warnings():  # torch says once that its CSR tensors are in beta: let it say so here, and to nobody
+with warnings.catch_warnings():  # torch says once that its CSR tensors are in beta: let it say so here, to nobody
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0], [], [], (0, 0))
 
@@ -29,12 +29,10 @@ def on_gpu(x: Tensor) -> bool:
 class Active:
     """Which latents are active for which token: a sparse `[batch, n_latents]` matrix without its values.
 
-    The weight gradients need the same pairs grouped by latent. Grouping costs a sort, so it is made once,
-    when first asked for, and shared by the encoder's and the decoder's gradient.
+    Both weight gradients need the same pairs grouped by latent: a sort, made once, when first asked for.
 
     Args:
-        indices: the active latents, k for each token; or, for tokens with different numbers of them, all in one row, token
-            by token.
+        indices: the active latents, k for each token; or token by token in one row, where their numbers differ.
         n_latents: of the matrix.
         starts: where each token begins in that row, and where the last one ends.
     """
@@ -46,12 +44,11 @@ class Active:
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
         """The (token, latent) pairs in order of latent: their order, their tokens, where each latent begins."""
-        flat = self.indices.reshape(-1)
+        flat, lengths = self.indices.reshape(-1), self.starts.diff()
         key = flat.to(torch.int16) if self.n_latents <= 2**15 else flat  # a radix sort pays by the byte
         order = torch.sort(key, stable=True).indices
         starts = torch.zeros(self.n_latents + 1, dtype=flat.dtype, device=flat.device)
         torch.cumsum(torch.bincount(flat, minlength=self.n_latents), 0, out=starts[1:])
-        lengths = self.starts.diff()
         tokens = torch.arange(len(lengths), dtype=flat.dtype, device=flat.device).repeat_interleave(lengths, output_size=len(flat))
         return order, tokens[order], starts
 
