@@ -249,6 +249,7 @@ def test_the_back_button_returns_to_the_latent_before(page):
     page.wait_for_function("first => document.getElementById('explorer-latent').textContent !== first", arg=first)
     page.go_back()
     page.wait_for_function("first => document.getElementById('explorer-latent').textContent === first", arg=first)
+    assert title.text_content() == first and page.url.split("#")[0].endswith("explorer.html")
 
 
 @needs_explorer
