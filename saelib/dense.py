@@ -38,7 +38,7 @@ def few_active(latents: Float[Tensor, "batch n_latents"]) -> bool:
 def nonzero(latents: Float[Tensor, "batch n_latents"]) -> tuple[Tensor, Tensor]:
     """Tokens and latents of the positive entries, token by token: `torch.nonzero`, on fewer numbers.
 
-    Cut a row into strided groups (see `kernels.largest`), and look only into those whose maximum is positive.
+    Cut a row into strided groups (see `selection.largest`), and look only into those whose maximum is positive.
     """
     batch, n_latents = latents.shape
     size = math.gcd(n_latents, GROUP)

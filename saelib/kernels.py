@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelib.selection import largest
+
 BLOCK_ROWS = 256  # tokens whose pre-activations are held at once: few enough to stay in the cache
 MARGIN = 0.25  # extra candidates that a bf16 selection keeps for the exact choice
 
@@ -99,25 +101,6 @@ class ActiveOnGPU(Active):
 
     def sum_latents(self, values):
         return self.sum_tokens(values, values.new_ones(len(values), 1)).squeeze(1)
-
-
-def largest(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, in no particular order: `topk`, on fewer numbers.
-
-    Cut a row into groups and take the maximum of each. The k largest lie in the k groups with the largest maxima, so
-    it is enough to look through n / size maxima and then through k size candidates. Groups are strided, so that
-    their maxima are taken of whole vectors at once; their size is the one that leaves the least to look through.
-    """
-    batch, n_latents = pre_acts.shape
-    size = min((size for size in (1, 2, 4, 8, 16) if n_latents % size == 0 and k * size <= n_latents),
-               key=lambda size: n_latents / size + (size > 1) * k * size)
-    if size == 1:
-        return pre_acts.topk(k, dim=1, sorted=False)
-    groups = pre_acts.view(batch, size, n_latents // size)
-    best = groups.amax(1).topk(k, dim=1, sorted=False).indices
-    candidates = groups.gather(2, best[:, None].expand(batch, size, k)).view(batch, size * k)
-    values, place = candidates.topk(k, dim=1, sorted=False)
-    return values, place.div(k, rounding_mode="floor") * (n_latents // size) + best.gather(1, place % k)
 
 
 @torch.no_grad()

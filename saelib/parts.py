@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saelib import kernels
+from saelib import kernels, selection
 from saelib.contestants import LR, Setting, fused_adam, setting_batch
 
 FLOAT = 4  # bytes
@@ -72,7 +72,7 @@ def encoder(W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Callable[[Tensor], No
 
     def choose(x: Tensor) -> None:
         for block in blocks(x):
-            kernels.largest(buffers[len(block)], k)
+            selection.largest(buffers[len(block)], k)
 
     return product, choose
 

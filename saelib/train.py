@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saelib import dense, kernels, losses
+from saelib import dense, kernels, losses, selection
 from saelib.sae import SAE, Output
 
 BETAS, EPS = (0.9, 0.999), 6.25e-10  # Paper: Appendix A.3
@@ -59,7 +59,7 @@ def auxk_term(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int, prec
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
         latents = torch.relu(F.linear(x - sae.b_pre, encoder, sae.b_enc[dead]))
         if len(dead) > k_aux:
-            chosen = kernels.largest(latents.detach(), k_aux)[1]
+            chosen = selection.largest(latents.detach(), k_aux)[1]
             latents = latents * torch.zeros_like(latents).scatter_(1, chosen, 1)
         return losses.auxk(x - x_hat, latents @ decoder)
 

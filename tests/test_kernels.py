@@ -92,16 +92,6 @@ def test_a_method_with_an_activation_function_of_its_own_does_not_run_on_the_ker
     assert (sae.run(torch.randn(50, 4)).latents < 0).any()
 
 
-@pytest.mark.parametrize("n, k", [(1, 1), (7, 3), (64, 1), (64, 64), (96, 5), (1536, 40)])
-@pytest.mark.parametrize("ties", [False, True])
-def test_the_largest_are_those_of_topk(n, k, ties):
-    pre_acts = torch.randn(50, n, generator=torch.Generator().manual_seed(0))
-    pre_acts = pre_acts.round() if ties else pre_acts
-    values, indices = kernels.largest(pre_acts, k)
-    torch.testing.assert_close(values.sort(1).values, pre_acts.topk(k, dim=1).values.sort(1).values, rtol=0, atol=0)
-    assert torch.equal(pre_acts.gather(1, indices), values) and all(len(set(row.tolist())) == k for row in indices)
-
-
 def test_the_same_latent_active_for_many_tokens_collects_all_their_gradients():
     active = kernels.Active(torch.zeros(6, 1, dtype=torch.int32), n_latents=3)
     tokens, values = torch.randn(6, 4), torch.rand(6, 1)

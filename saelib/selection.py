@@ -1,0 +1,48 @@
+"""The k largest numbers of each row of a matrix on the CPU, several times faster than `torch.topk` finds them."""
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+LEAF = 512  # numbers in a row that are looked through at once
+SIZES = 1, 2, 4, 8, 16  # of the groups that longer rows are cut into
+
+
+def largest(values: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
+    """The k largest of each row and their places, in no particular order.
+
+    Cut a row into groups and take the maximum of each. The k largest lie in the k groups with the largest maxima, so
+    it is enough to find those among n / size maxima, and then the largest among k size candidates; both in the same
+    way, until a row is short. Groups are strided, so that their maxima are taken of whole vectors at once; their size
+    is the one that leaves the least to look through.
+    """
+    rows, n = values.shape
+    size = min((size for size in SIZES if n % size == 0 and k * size <= n), key=lambda size: n / size + (size > 1) * k * size)
+    if n <= LEAF or size == 1:
+        return topk(values, k)
+    groups = values.view(rows, size, n // size)
+    best = largest(groups.amax(1), k)[1]
+    candidates = groups.gather(2, best[:, None].expand(rows, size, k)).view(rows, size * k)
+    found, place = largest(candidates, k)
+    return found, place.div(k, rounding_mode="floor") * (n // size) + best.gather(1, place % k)
+
+
+def topk(values: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
+    """`torch.topk` in no particular order.
+
+    In bfloat16 a value and its place fit into one whole number of 32 bits, and numpy partitions rows of such numbers
+    several times faster than torch does rows of pairs. What is not a number comes back as infinite.
+    """
+    if values.is_cuda or values.dtype != torch.bfloat16 or values.shape[1] > 2**16:
+        return values.topk(k, dim=1, sorted=False)
+    keys = in_order(values.nan_to_num(math.inf, math.inf, -math.inf).view(torch.int16)).int()
+    keys.bitwise_left_shift_(16).bitwise_or_(torch.arange(values.shape[1], dtype=torch.int32))
+    keys.numpy().partition(-k, axis=1)
+    best = keys[:, -k:]
+    return in_order((best >> 16).short()).view(torch.bfloat16), (best & 0xFFFF).long()
+
+
+def in_order(bits: Int[Tensor, "rows n"]) -> Int[Tensor, "rows n"]:
+    """The bits of bfloat16 as whole numbers in the order of the values that they stand for; and back again."""
+    return bits ^ ((bits >> 15) & 0x7FFF)
