@@ -31,6 +31,7 @@ FIRST, WIDE = Setting(256, 4096, 32, 2048), Setting(768, 12288, 32, 4096)
 ON_GPU = [Setting(768, n, 32, batch, "cuda") for n in (32768, 131072) for batch in (8192, 65536)]
 AXES = {"n_latents": [2**i for i in range(10, 17)], "k": [2**i for i in range(3, 9)], "batch_size": [2**i for i in range(8, 14)]}
 FIT_STEPS = 40
+PROCESSES = 7
 HARVESTED, LOADED = ("pygpt", "minilm"), Setting(0, 0, 32, 1024)
 TARGET_MSE, TARGET_LR, TARGET_STEPS, TARGET_EVERY, TARGET_TOKENS = 0.2, 4e-3, 100, 5, 200_000
 GEMM = {"cpu": ("floor", "GEMM fp32"), "cuda": ("floor", "GEMM bf16")}
@@ -89,16 +90,17 @@ def taken_apart(settings: list[Setting], seconds: float) -> Iterator[dict]:
 
 
 def memory(settings: list[Setting]) -> Iterator[dict]:
-    """Peak resident memory of training in a fresh process, over what the formula says it must hold."""
+    """Peak resident memory of training in fresh processes, over what the formula says it must hold. Where the allocator finds
+    room differs from process to process, and the peak with it."""
     if not Path("/proc/self/status").exists():
         return
     for s in settings:
         weights = 2 * s.n_latents * s.d_model + s.n_latents + s.d_model
         needed = 4 * (4 * weights + 256 * s.n_latents + s.batch_size * s.d_model)  # parameters, gradients, two moments; a block; the batch
         precision = auto_name(s).split()[-1]
-        peak = timing.peak_of_training(s.d_model, s.n_latents, s.k, s.batch_size, precision)
-        yield {"table": "memory", "setting": asdict(s), "case": "topk", "name": f"saelib, {precision}", "peak_bytes": peak, "needed_bytes": needed,
-               "ratio": timing.quartiles([peak / needed])}
+        peaks = [timing.peak_of_training(s.d_model, s.n_latents, s.k, s.batch_size, precision) for _ in range(PROCESSES)]
+        yield {"table": "memory", "setting": asdict(s), "case": "topk", "name": f"saelib, {precision}", "peak_bytes": statistics.median(peaks),
+               "needed_bytes": needed, "ratio": timing.quartiles([peak / needed for peak in peaks]), "rounds": PROCESSES}
 
 
 def target(device: str) -> Iterator[dict]:

@@ -137,13 +137,13 @@ def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_e
 
 def choose(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The k largest of x W_encᵀ + b_enc as `dtype` computes them, a block of tokens at a time (see `select`)."""
-    cast_x, weight, bias = x.to(dtype), W_enc.to(dtype).t(), b_enc.to(dtype)
     values, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int32, device=x.device)
+    weight, bias = W_enc.to(dtype).t(), b_enc.to(dtype)
     buffer = torch.empty(min(BLOCK_ROWS, len(x)), len(W_enc), dtype=dtype, device=x.device)
     for start in range(0, len(x), BLOCK_ROWS):
         here = slice(start, start + BLOCK_ROWS)
-        pre_acts = torch.addmm(bias, cast_x[here], weight, out=buffer[: len(cast_x[here])])
-        values[here], indices[here] = largest(pre_acts, k)
+        block = x[here].to(dtype)
+        values[here], indices[here] = largest(torch.addmm(bias, block, weight, out=buffer[: len(block)]), k)
     return values, indices
 
 
@@ -154,7 +154,7 @@ class _Encode(torch.autograd.Function):
         values, indices = choice(centred, W_enc, b_enc, k, precision)
         values.relu_()
         ctx.active = (ActiveOnGPU if on_gpu(x) else Active)(indices, len(W_enc))
-        ctx.save_for_backward(centred, W_enc, values)
+        ctx.save_for_backward(x, b_pre, W_enc, values)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         return values, indices, ctx.active
@@ -163,10 +163,10 @@ class _Encode(torch.autograd.Function):
     def backward(ctx, grad_values, *_):
         if grad_values is None:
             return (None,) * 7
-        centred, W_enc, values = ctx.saved_tensors
+        x, b_pre, W_enc, values = ctx.saved_tensors
         grad = grad_values * (values > 0)
         grad_b_enc = ctx.active.sum_latents(grad)
-        grad_W_enc = ctx.active.sum_tokens(grad, centred) if ctx.needs_input_grad[2] else None
+        grad_W_enc = ctx.active.sum_tokens(grad, x - b_pre) if ctx.needs_input_grad[2] else None
         grad_b_pre = -(grad_b_enc @ W_enc) if ctx.needs_input_grad[1] else None
         grad_x = ctx.active.decode(grad, W_enc) if ctx.needs_input_grad[0] else None
         return grad_x, grad_b_pre, grad_W_enc, grad_b_enc, None, None, None

@@ -70,6 +70,8 @@ class Loop:
     def __init__(self, sae: SAE, lr: float, dead_after: int, auxk_coef: float, k_aux: int, ema_decay: float):
         self.sae, self.lr, self.dead_after, self.auxk_coef, self.k_aux = sae, lr, dead_after, auxk_coef, k_aux
         self.adam = torch.optim.Adam(sae.parameters(), lr=lr, betas=BETAS, eps=EPS, fused=True)
+        for p in sae.parameters():  # as Adam makes it at its first step; here it lies below what comes and goes
+            self.adam.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         self.tokens_since_fired = torch.zeros(sae.n_latents, dtype=torch.int64, device=sae.W_dec.device)
         self.step, self.history, self.scratch = 0, [], dense.Scratch()
         self.ema = torch.optim.swa_utils.AveragedModel(sae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
@@ -125,8 +127,6 @@ class Loop:
         rows.grad = None  # Adam passes it over
         self.adam.step()
         state = self.adam.state[rows]  # Adam's own place for it, so that checkpoints hold it
-        if not state:
-            state |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(rows), "exp_avg_sq": torch.zeros_like(rows)}
         state["step"].fill_(self.step + 1)
         triton_kernels.adam_unit_rows(rows, grad, state["exp_avg"], state["exp_avg_sq"], clip.view(1), lr=lr, beta1=BETAS[0],
                                       beta2=BETAS[1], eps=EPS, step=self.step + 1)
@@ -134,6 +134,7 @@ class Loop:
     def one(self, x: Tensor, lr_scale: float, penalty_scale: float, path: str, precision: str, log: bool) -> None:
         """One step, in the order that the tests hold it to."""
         sae = self.sae
+        self.adam.zero_grad()
         out = sae.run(x, path, precision, self.scratch)
         self.count_fired(out)
         terms = self.terms(x, out, penalty_scale, precision)
@@ -141,7 +142,8 @@ class Loop:
         terms = {name: term.detach() for name, term in terms.items()}
         if log or x.device.type == "cpu":  # on a GPU the check would wait for the device at every step
             check_finite(terms, self.step)
-        self.adam.zero_grad()
+        l0 = (out.latents != 0).sum() / len(x) if log else None
+        del out  # the reconstruction makes room for the gradients
         loss.backward()
         self.adam.param_groups[0]["lr"] = self.lr * lr_scale
         self.update()
@@ -149,7 +151,7 @@ class Loop:
             self.ema.update_parameters(sae)
         self.step += 1
         if log:
-            self.history.append({"step": self.step, "tokens": self.step * len(x), "l0": float((out.latents != 0).sum() / len(x)),
+            self.history.append({"step": self.step, "tokens": self.step * len(x), "l0": float(l0),
                                  "dead_fraction": float((self.tokens_since_fired > self.dead_after).float().mean()),
                                  **{name: float(term) for name, term in terms.items()}})
 
@@ -166,7 +168,7 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
           checkpoint: Path | None = None) -> list[dict[str, float]]:
     """Train `sae` in place.
 
-    The order of a step: forward; count what fired; loss terms; finite check; zero grad; backward; remove the decoder
+    The order of a step: zero grad; forward; count what fired; loss terms; finite check; backward; remove the decoder
     gradient parallel to its rows; clip; Adam; unit-norm rows; EMA; `on_step`.
 
     Args:

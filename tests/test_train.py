@@ -53,7 +53,7 @@ def test_a_step_keeps_the_order_of_the_design(monkeypatch):
     note(torch.nn.utils, "get_total_norm", "clip"), note(torch.optim.Adam, "step", "step")
     note(SAE, "normalise_decoder", "renormalise"), note(torch.optim.swa_utils.AveragedModel, "update_parameters", "ema")
     short(n_steps=1, ema_decay=0.9, on_step=lambda step: seen.append("on_step"))
-    assert seen[:12] == ["forward", "count", "terms", "finite", "zero", "backward", "project", "clip", "step", "renormalise", "ema", "on_step"]
+    assert seen[:12] == ["zero", "forward", "count", "terms", "finite", "backward", "project", "clip", "step", "renormalise", "ema", "on_step"]
 
 
 @pytest.mark.parametrize("length", [0.5, 1.0, 3.0])
