@@ -176,6 +176,8 @@ def ours(setting: Setting, case: str, lr: float = LR, twin: bool = False) -> dic
         made["saelib, fp32"] = lambda: Ours(setting, case, "sparse", "fp32", lr)
     if bf16:
         made["saelib, bf16"] = lambda: Ours(setting, case, "sparse", "bf16", lr)
+    if setting.device == "cuda":
+        made["saelib, bf16, graph"] = lambda: Ours(setting, case, "graph", "bf16", lr)
     if twin:
         made["saelib, dense twin"] = lambda: Ours(setting, case, "dense", "bf16" if setting.device == "cuda" else "fp32", lr)
     return {(case, name): make for name, make in made.items()}

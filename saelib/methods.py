@@ -16,12 +16,13 @@ class Method(nn.Module):
     `key`, `label`, `knob` and `grid` are data about the class: the loop, the sweeps, the figures and the tests
     read them and know no method by name. `knob` says what `sparsity` is: "k" or "l1_coef". A method that has
     `k` keeps that many latents for each token at most, or on average. One that inherits the forward of `ReLU`, `TopK` or
-    `BatchTopK` runs on their kernels.
+    `BatchTopK` runs on their kernels. `waits` says that its choice asks the device for a number, and waits for the answer.
     """
     key: ClassVar[str]
     label: ClassVar[str]
     knob: ClassVar[str]
     grid: ClassVar[tuple[float, ...]]
+    waits: ClassVar[bool] = False
 
     def __init__(self, n_latents: int, sparsity: float):
         super().__init__()
@@ -118,7 +119,7 @@ class BatchTopK(TopK):
 
     Source: Bussmann et al. 2024, BatchTopK sparse autoencoders (arXiv 2412.06410), §3
     """
-    key, label = "batchtopk", "BatchTopK"
+    key, label, waits = "batchtopk", "BatchTopK", True
 
     def __init__(self, n_latents: int, sparsity: float):
         super().__init__(n_latents, sparsity)

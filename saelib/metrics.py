@@ -66,7 +66,7 @@ def evaluate(sae, x: Tensor | Iterable[Tensor], mean: Tensor | None = None) -> d
         error, l0 = (batch - out.x_hat).double(), (out.latents != 0).sum(1)
         n_tokens, active, l1 = n_tokens + len(batch), active + l0.sum(), l1 + out.latents.sum().double()
         n_short += (l0 < getattr(sae.method, "k", 0)).sum()
-        fired[out.fired()] = True
+        fired |= out.fired()
         for name, value in (("x", batch.double()), ("e", error)):
             sums[name] += value.sum(0)
             sums[name + "²"] += value.pow(2).sum(0)

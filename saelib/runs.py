@@ -20,7 +20,7 @@ from saelib.sae import SAE, geometric_median
 from saelib.train import paper_lr, train
 
 PACKAGE = Path(__file__).parent
-DECIDING = ("cache", "dense", "kernels", "losses", "methods", "metrics", "runs", "sae", "selection", "sources", "subjects", "texts", "train",
+DECIDING = ("auxk", "cache", "dense", "graphs", "kernels", "losses", "methods", "metrics", "runs", "sae", "selection", "sources", "subjects", "texts", "train",
             "triton_kernels", "triton_select", "variants")
 MEDIAN_ROWS = 8192
 BF16_WEIGHTS = 2**16

@@ -24,8 +24,12 @@ class Output(NamedTuple):
     precision: str = "fp32"
 
     def fired(self) -> Tensor:
-        """What to index a tensor [n_latents] with, to get the latents that were active for any token."""
-        return self.latents.amax(0) > 0 if self.active is None else self.active.indices[self.latents > 0].long()
+        """Which latents were active for any token, [n_latents]."""
+        return (self.latents.amax(0) if self.active is None else self.active.sum_latents(self.latents)) > 0
+
+    def l0(self) -> Tensor:
+        """How many latents were active for a token, on average."""
+        return (self.latents != 0).sum() / len(self.x_hat)
 
 
 class SAE(nn.Module):
@@ -97,6 +101,8 @@ class SAE(nn.Module):
             `Output`: x_hat, and the latents of that path.
         """
         self.check(x)
+        if path not in ("sparse", "dense"):
+            raise ValueError(f"path is {path!r}: it must be 'sparse' or 'dense'")
         act = getattr(self.method.forward, "__func__", None)  # a method with an activation function of its own has no kernel
         if path == "sparse" and act in methods.ON_KERNELS:
             values, active = kernels.encode(x, self.b_pre, self.W_enc, self.b_enc, self.method.k, precision, self.method.select)

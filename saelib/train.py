@@ -5,16 +5,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from saelib import dense, kernels, losses, selection
+from saelib import dense, graphs, kernels, losses
+from saelib.auxk import auxk_term, default_k_aux
 from saelib.sae import SAE, Output
 
 BETAS, EPS = (0.9, 0.999), 6.25e-10  # Paper: Appendix A.3
 LOG_POINTS = 100
 CHECKPOINT_SECONDS = 60
-FEW_OF_MANY = 8  # dead latents for each active one from which AuxK takes the sparse path: about there both cost the same
+LOOK_EVERY = 16  # steps after which a GPU is asked again how many latents could be dead
 
 
 def paper_lr(n_latents: int) -> float:
@@ -27,52 +27,19 @@ def schedule(step: int, n_steps: int) -> float:
     return min(1.0, (step + 1) / (0.05 * n_steps), (n_steps - step) / (0.2 * n_steps))
 
 
-def default_k_aux(d_model: int) -> int:
-    """How many dead latents AuxK uses: the power of two nearest d_model / 2. Paper: Appendix A.2"""
-    return 2 ** round(math.log2(max(1, d_model / 2)))
-
-
-def auxk_term(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int, precision: str = "fp32") -> Tensor:
-    """The AuxK loss: the k_aux largest of the dead latents reconstruct the residual, without b_pre.
-
-    L_aux = ||e - ê||² (normalised),  e = x - x_hat,  ê = Σ_{i dead, top k_aux} z_i W_dec[i]
-
-    Args:
-        sae: the autoencoder.
-        x: activations.
-        x_hat: their reconstructions.
-        dead: the indices of the dead latents.
-        k_aux: how many of them may be active for each token.
-        precision: "fp32", or "bf16" to multiply matrices in bfloat16.
-
-    Returns:
-        A scalar; 0, without a gradient, when nothing is dead.
-
-    Paper: Appendix A.2 (the auxiliary loss)
-    """
-    if len(dead) == 0:
-        return x.new_zeros(())
-    encoder, decoder = (F.embedding(dead, rows, sparse=True) for rows in (sae.W_enc, sae.W_dec))  # the gradient: those rows alone
-    if len(dead) > FEW_OF_MANY * k_aux:
-        values, active = kernels.encode(x, sae.b_pre, encoder, sae.b_enc[dead], k_aux, precision)
-        return losses.auxk(x - x_hat, kernels.decode(values, active, decoder))
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
-        latents = torch.relu(F.linear(x - sae.b_pre, encoder, sae.b_enc[dead]))
-        if len(dead) > k_aux:
-            chosen = selection.largest(latents.detach(), k_aux)[1]
-            latents = latents * torch.zeros_like(latents).scatter_(1, chosen, 1)
-        return losses.auxk(x - x_hat, latents @ decoder)
-
-
 class Loop:
     """The state of one training run: the SAE, Adam, and what the loop alone knows."""
 
     def __init__(self, sae: SAE, lr: float, dead_after: int, auxk_coef: float, k_aux: int, ema_decay: float):
         self.sae, self.lr, self.dead_after, self.auxk_coef, self.k_aux = sae, lr, dead_after, auxk_coef, k_aux
-        self.adam = torch.optim.Adam(sae.parameters(), lr=lr, betas=BETAS, eps=EPS, fused=True)
+        on_gpu, device = sae.W_dec.is_cuda, sae.W_dec.device
+        # what changes from step to step lies in tensors, where a recorded step finds it (see `saelib.graphs`)
+        self.adam = torch.optim.Adam(sae.parameters(), torch.tensor(lr, device=device), BETAS, EPS, fused=True, capturable=on_gpu)
+        self.penalty_scale, self.recorded = torch.ones((), device=device), {}
+        self.look_every, self.n_candidates, self.candidates = LOOK_EVERY if on_gpu else 0, 0, {}
         for p in sae.parameters():  # as Adam makes it at its first step; here it lies below what comes and goes
             self.adam.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        self.tokens_since_fired = torch.zeros(sae.n_latents, dtype=torch.int64, device=sae.W_dec.device)
+        self.tokens_since_fired = torch.zeros(sae.n_latents, dtype=torch.int64, device=device)
         self.step, self.history, self.scratch = 0, [], dense.Scratch()
         self.ema = torch.optim.swa_utils.AveragedModel(sae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
 
@@ -92,15 +59,31 @@ class Loop:
     def count_fired(self, out: Output) -> None:
         """Paper: §2.4 (dead latents). Tokens are counted, not steps."""
         self.tokens_since_fired += len(out.x_hat)
-        self.tokens_since_fired[out.fired()] = 0
+        self.tokens_since_fired.masked_fill_(out.fired(), 0)
 
-    def terms(self, x: Tensor, out: Output, penalty_scale: float, precision: str) -> dict[str, Tensor]:
+    def look_for_dead(self, n_tokens: int) -> None:
+        """Name the latents that may be dead before `n_tokens` more have passed: those longest silent, in a number rounded up
+        to a power of two. So a GPU is waited for once in many steps, and AuxK has few shapes."""
+        n_silent = int((self.tokens_since_fired > self.dead_after - n_tokens).sum())
+        size = min(2 ** (n_silent - 1).bit_length(), self.sae.n_latents) if n_silent else 0
+        silent = self.tokens_since_fired.topk(size).indices
+        self.n_candidates = size
+        self.candidates.setdefault(size, torch.empty_like(silent)).copy_(silent)
+
+    def dead(self) -> tuple[Tensor, Tensor | None]:
+        """Latents that AuxK looks at, and which of them are dead if not all."""
+        if not self.look_every:
+            return (self.tokens_since_fired > self.dead_after).nonzero().squeeze(1), None
+        candidates = self.candidates[self.n_candidates]
+        return candidates, self.tokens_since_fired[candidates] > self.dead_after
+
+    def terms(self, x: Tensor, out: Output, precision: str) -> dict[str, Tensor]:
         """The weighted terms of the loss. Their sum is optimised; the same dict is the log."""
         terms = {"squared_error": losses.squared_error(x, out.x_hat)}
-        terms |= {name: penalty_scale * term for name, term in self.sae.method.penalty(self.sae, x, out).items()}
+        terms |= {name: self.penalty_scale * term for name, term in self.sae.method.penalty(self.sae, x, out).items()}
         if self.auxk_coef:
-            dead = (self.tokens_since_fired > self.dead_after).nonzero().squeeze(1)
-            terms["auxk"] = self.auxk_coef * auxk_term(self.sae, x, out.x_hat, dead, self.k_aux, precision)
+            dead, is_dead = self.dead()
+            terms["auxk"] = self.auxk_coef * auxk_term(self.sae, x, out.x_hat, dead, self.k_aux, precision, is_dead)
         return terms
 
     def update(self) -> None:
@@ -127,28 +110,42 @@ class Loop:
         rows.grad = None  # Adam passes it over
         self.adam.step()
         state = self.adam.state[rows]  # Adam's own place for it, so that checkpoints hold it
-        state["step"].fill_(self.step + 1)
+        state["step"] += 1
         triton_kernels.adam_unit_rows(rows, grad, state["exp_avg"], state["exp_avg_sq"], clip.view(1), lr=lr, beta1=BETAS[0],
-                                      beta2=BETAS[1], eps=EPS, step=self.step + 1)
+                                      beta2=BETAS[1], eps=EPS, step=state["step"])
+
+    def forward(self, x: Tensor, path: str, precision: str) -> tuple[Output, dict[str, Tensor]]:
+        """The first half of a step: the output and the terms of the loss."""
+        self.adam.zero_grad()
+        out = self.sae.run(x, path, precision, self.scratch)
+        self.count_fired(out)
+        return out, self.terms(x, out, precision)
+
+    def backward(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The second half: gradients and new weights. What is left of the terms are their values."""
+        sum(terms.values()).backward()
+        self.update()
+        return {name: term.detach() for name, term in terms.items()}
 
     def one(self, x: Tensor, lr_scale: float, penalty_scale: float, path: str, precision: str, log: bool) -> None:
         """One step, in the order that the tests hold it to."""
-        sae = self.sae
-        self.adam.zero_grad()
-        out = sae.run(x, path, precision, self.scratch)
-        self.count_fired(out)
-        terms = self.terms(x, out, penalty_scale, precision)
-        loss = sum(terms.values())
-        terms = {name: term.detach() for name, term in terms.items()}
-        if log or x.device.type == "cpu":  # on a GPU the check would wait for the device at every step
-            check_finite(terms, self.step)
-        l0 = (out.latents != 0).sum() / len(x) if log else None
-        del out  # the reconstruction makes room for the gradients
-        loss.backward()
-        self.adam.param_groups[0]["lr"] = self.lr * lr_scale
-        self.update()
+        self.adam.param_groups[0]["lr"].fill_(self.lr * lr_scale)
+        self.penalty_scale.fill_(penalty_scale)
+        if self.look_every and (self.step % self.look_every == 0 or not self.candidates):
+            self.look_for_dead(self.look_every * len(x))
+        if path == "graph":
+            terms, l0 = graphs.step(self, x, precision)
+        else:
+            out, terms = self.forward(x, path, precision)
+            if x.device.type == "cpu":  # on a GPU the check would wait for the device at every step
+                check_finite(terms, self.step)
+            l0 = out.l0() if log else None
+            del out  # the reconstruction makes room for the gradients
+            terms = self.backward(terms)
         if self.ema:
-            self.ema.update_parameters(sae)
+            self.ema.update_parameters(self.sae)
+        if log and x.device.type != "cpu":
+            check_finite(terms, self.step)
         self.step += 1
         if log:
             self.history.append({"step": self.step, "tokens": self.step * len(x), "l0": float(l0),
@@ -159,7 +156,7 @@ class Loop:
 def check_finite(terms: dict[str, Tensor], step: int) -> None:
     """Raise FloatingPointError, with the step and the terms, unless every term is finite."""
     if not all(torch.isfinite(term) for term in terms.values()):
-        raise FloatingPointError(f"loss is not finite at step {step}: " + ", ".join(f"{k} = {float(v):g}" for k, v in terms.items()))
+        raise FloatingPointError(f"loss is not finite at step {step}: " + ", ".join(f"{k} = {v.item():g}" for k, v in terms.items()))
 
 
 def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *, lr: float | None = None, penalty_warmup: float = 0.0,
@@ -181,7 +178,7 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
         k_aux: dead latents active in AuxK; about d_model / 2 if None.
         dead_after: a latent is dead when it has not fired for this many tokens.
         ema_decay: of the average of the weights that replaces them at the end; 0 for none.
-        path, precision: of the forward pass (see `SAE.run`).
+        path, precision: of the forward pass (see `SAE.run`); the path "graph" is the sparse one, recorded and replayed on a GPU.
         on_step: called with the number of finished steps, after each.
         checkpoint: a file to go on from if it exists; written every minute, removed at the end.
 
@@ -190,9 +187,12 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
 
     Raises:
         FloatingPointError: a term of the loss is not finite.
+        ValueError: an unknown path, or "graph" where a step can't be recorded.
 
     Paper: §2.4, §3.1, Appendix A
     """
+    if path == "graph":
+        graphs.check(sae)
     loop = Loop(sae, lr or paper_lr(sae.n_latents), dead_after, auxk_coef, k_aux or default_k_aux(sae.d_model), ema_decay)
     sae.train()
     if checkpoint and checkpoint.exists():

@@ -2,9 +2,10 @@ import pytest
 import torch
 
 import saelib
-from saelib import sources
+from saelib import auxk, sources
+from saelib.auxk import auxk_term, default_k_aux
 from saelib.sae import SAE
-from saelib.train import Loop, auxk_term, default_k_aux, paper_lr, train
+from saelib.train import Loop, paper_lr, train
 
 X = sources.normalise(torch.randn(2000, 16, generator=torch.Generator().manual_seed(0)))
 
@@ -126,7 +127,7 @@ def test_auxk_is_the_same_on_the_sparse_path_with_all_its_gradients(n_dead, monk
     sae, dead = SAE(16, 40, "topk", 4, seed=3), torch.arange(n_dead)
     found = []
     for few in (0, 1000):  # always sparse, never
-        monkeypatch.setattr(saelib.train, "FEW_OF_MANY", few)
+        monkeypatch.setattr(auxk, "FEW_OF_MANY", few)
         term = auxk_term(sae, X[:50], sae(X[:50]), dead, min(5, n_dead))
         found.append([term.detach(), *(g.to_dense() for g in torch.autograd.grad(term, list(sae.parameters())))])
     for ours, twin in zip(*found):

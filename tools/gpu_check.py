@@ -24,14 +24,16 @@ TINY = "--tiny" in sys.argv
 if TINY:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
-from saelib import kernels, triton_kernels, triton_select  # noqa: E402
+from saelib import kernels, train, triton_kernels, triton_select  # noqa: E402
+from saelib.auxk import default_k_aux  # noqa: E402
+from saelib.sae import SAE  # noqa: E402
 
 DEVICE = "cpu" if TINY else "cuda"
 BATCH, D, N, K = (10, 16, 256, 4) if TINY else (8192, 768, 32768, 32)
 ROUNDS, REPEATS = (1, 1) if TINY else (15, 4)
 BUDGET = 120  # seconds of timing
 QUEUE_CYCLES = 4_000_000  # about 2 ms: the launches to be timed queue up meanwhile, so that the host's pace is not timed
-ADAM = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 6.25e-10}
+ADAM = {"lr": torch.tensor(1e-3, device=DEVICE), "beta1": 0.9, "beta2": 0.999, "eps": 6.25e-10}
 TILES = [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 3), (128, 128, 64, 8, 4), (256, 128, 64, 8, 3), (64, 256, 64, 4, 3)]
 
 
@@ -89,7 +91,7 @@ def check_adam(t):
     """Errors of three steps of Adam with unit rows, each with its limit."""
     rows, m, v = t["W_dec"].clone(), torch.zeros(N, D, device=DEVICE), torch.zeros(N, D, device=DEVICE)
     exact = torch.nn.Parameter(rows.double())
-    adam = torch.optim.Adam([exact], lr=ADAM["lr"], betas=(ADAM["beta1"], ADAM["beta2"]), eps=ADAM["eps"])
+    adam = torch.optim.Adam([exact], lr=float(ADAM["lr"]), betas=(ADAM["beta1"], ADAM["beta2"]), eps=ADAM["eps"])
     for step in (1, 2, 3):
         grad, own = t["grad_rows"].double() * step, exact.detach()
         tangent = grad - (grad * own).sum(1, keepdim=True) * own
@@ -99,9 +101,21 @@ def check_adam(t):
         adam.step()
         with torch.no_grad():
             exact /= exact.norm(dim=1, keepdim=True)
-        triton_kernels.adam_unit_rows(rows, grad.float(), m, v, clip.float(), **ADAM, step=step)
+        triton_kernels.adam_unit_rows(rows, grad.float(), m, v, clip.float(), **ADAM, step=torch.tensor(float(step), device=DEVICE))
     yield "adam_unit_rows", error(rows, exact.detach()), 1e-6
     yield "adam_unit_rows: m", error(m, adam.state[exact]["exp_avg"]), 1e-5
+
+
+def check_recorded(t):
+    """How far recorded steps come from ordinary ones, with a learning rate that changes and latents that die: each with its limit."""
+    for method, sparsity in (("topk", K), ("relu", 0.05)):
+        histories = []
+        for path in ("sparse", "graph"):
+            loop = train.Loop(SAE(D, N, method, sparsity, seed=1).to(DEVICE), 1e-3, 3 * BATCH, 1 / 32, default_k_aux(D), 0.0)
+            for step in range(8):
+                loop.one(t["x"].roll(step, 1), 1 - step / 8, step / 8, path, "bf16", log=True)
+            histories.append(torch.tensor([[row["squared_error"], row["auxk"], row["l0"]] for row in loop.history]))
+        yield f"recorded steps, {method}: losses and L0", error(histories[1], histories[0]), 1e-4
 
 
 def stock_adam(t):
@@ -156,7 +170,7 @@ def contestants(t):
         "sum_tokens": (lambda: triton_kernels.sum_tokens(*grouped, values, grad, N), summed, least, pairs),
         "sum_tokens (stock)": (lambda: active.sum_tokens(values, grad), summed, least, pairs),
         "tangent_square": (lambda: triton_kernels.tangent_square(t["grad_rows"], rows), 8 * N * D, 8 * N * D, 0),
-        "adam_unit_rows": (lambda: triton_kernels.adam_unit_rows(rows, t["grad_rows"], m, v, clip, **ADAM, step=9), 28 * N * D, 28 * N * D, 0),
+        "adam_unit_rows": (lambda: triton_kernels.adam_unit_rows(rows, t["grad_rows"], m, v, clip, **ADAM, step=torch.full((), 9.0, device=DEVICE)), 28 * N * D, 28 * N * D, 0),
         "tangent_square + adam_unit_rows (stock)": (stock_adam(t), 80 * N * D, 28 * N * D, 0),
         "select fp32": (lambda: triton_select.select(x, W_enc, b_enc, K, "fp32"), 2 * product, 4 * (BATCH * D + N * D), ops),
         "encoder product fp32 (stock)": (lambda: torch.addmm(b_enc, x, W_enc.t()), 2 * product, 2 * product, ops),
@@ -236,7 +250,7 @@ def main():
     out, begin, failed = parser.parse_args().out, time.monotonic(), 0
     t = inputs()
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
-    for check in (check_selecting, check_products, check_adam):
+    for check in (check_selecting, check_products, check_adam, *([] if TINY else [check_recorded])):  # the interpreter has no graphs
         for name, value, limit in check(t):
             holds = value <= limit  # NaN does not
             failed += not holds

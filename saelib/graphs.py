@@ -1,0 +1,49 @@
+"""A training step recorded once as a CUDA graph and then replayed: one launch in place of a hundred.
+
+A step of a small autoencoder keeps a GPU busy for less time than Python needs to launch it. What is recorded is fixed, shapes
+and addresses too. So a batch is copied to where the recorded one lay; what the host changes (the learning rate, the scale of
+the penalty, the latents that may be dead) lies in tensors that it writes to before; and there is a recording for each number of
+such latents. A step that waits for the device can't be recorded.
+"""
+import threading
+
+import torch
+from torch import Tensor
+
+RECORDING = threading.Lock()  # members of a sweep share the device
+
+
+def check(sae) -> None:
+    """Raise ValueError unless the training steps of `sae` can be recorded."""
+    if not sae.W_dec.is_cuda or sae.method.waits:
+        rule = "'sparse' for a method that waits for the device" if sae.W_dec.is_cuda else "'sparse' or 'dense' on a CPU"
+        raise ValueError(f"path is 'graph': it must be {rule}")
+
+
+class Recorded:
+    """One recorded step, with where it reads its batch and where it leaves its terms and L0."""
+
+    def __init__(self, loop, x: Tensor, precision: str):
+        self.x, self.graph = x.clone(), torch.cuda.CUDAGraph()
+        with RECORDING, torch.cuda.graph(self.graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+            out, terms = loop.forward(self.x, "sparse", precision)
+            self.l0 = out.l0()
+            self.terms = loop.backward(terms)
+
+
+def step(loop, x: Tensor, precision: str) -> tuple[dict[str, Tensor], Tensor]:
+    """The device's part of `Loop.one`, recorded the second time that it has these shapes: the first warms up what is made at first use.
+
+    Returns:
+        The terms of the loss and L0, which the next step overwrites.
+    """
+    key = tuple(x.shape), loop.n_candidates
+    if key not in loop.recorded:
+        loop.recorded[key] = None
+        out, terms = loop.forward(x, "sparse", precision)
+        l0 = out.l0()
+        return loop.backward(terms), l0
+    recorded = loop.recorded[key] = loop.recorded[key] or Recorded(loop, x, precision)
+    recorded.x.copy_(x)
+    recorded.graph.replay()
+    return recorded.terms, recorded.l0
