@@ -175,7 +175,7 @@ def equal_error(ours: dict[str, float], plain: float):
 
 
 def small_memory(ratios: dict[str, float]):
-    return "peak over what must be held: " + ", ".join(f"{size} {ratio:.2f}" for size, ratio in ratios.items()), [ratio < 1.3 for ratio in ratios.values()]
+    return "peak over what must be held: " + ", ".join(f"{size} {ratio:.3f}" for size, ratio in ratios.items()), [ratio < 1.3 for ratio in ratios.values()]
 
 
 def data_keeps_up(speeds: dict[str, float], loaders: dict[str, float]):
