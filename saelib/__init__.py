@@ -1,5 +1,5 @@
 """Sparse autoencoders of Gao et al. 2024: methods, training, evaluation, and the experiments of the book."""
-from saelib import variants  # noqa: F401 (it adds to METHODS)
+from saelib import formats, variants  # noqa: F401 (variants add to METHODS)
 from saelib.methods import METHODS
 from saelib.metrics import evaluate
 from saelib.runs import Fit, RunConfig, fit, run

@@ -10,17 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from saelib import formats
 from saelib.contestants import AUXK_COEF, DEAD_AFTER, DEAD_EVERY, L1_COEF, LONG_DEAD, LR, RELU, Setting
 from saelib.sae import SAE
-
-
-def as_sae(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_pre: Tensor, k: int) -> SAE:
-    """Weights of another library as an SAE of ours; both matrices with one row a latent."""
-    sae = SAE(W_enc.shape[1], len(W_enc), "topk", k).to(W_enc.device)
-    with torch.no_grad():
-        for own, theirs in ((sae.W_enc, W_enc), (sae.b_enc, b_enc), (sae.W_dec, W_dec), (sae.b_pre, b_pre)):
-            own.copy_(theirs)
-    return sae
 
 
 class SAELens:
@@ -61,7 +53,7 @@ class SAELens:
     def trained(self) -> SAE:
         sae = self.trainer.sae
         norm = sae.W_dec.norm(dim=1) if self.rescaled else torch.ones_like(sae.b_enc)
-        return as_sae(sae.W_enc.t() * norm[:, None], sae.b_enc * norm, sae.W_dec / norm[:, None], sae.b_dec, self.k)
+        return formats.build(sae.W_enc.t() * norm[:, None], sae.b_enc * norm, sae.W_dec / norm[:, None], sae.b_dec, "topk", self.k)
 
 
 class DictionaryLearning:
@@ -97,7 +89,7 @@ class DictionaryLearning:
 
     def trained(self) -> SAE:
         ae = self.trainer.ae
-        return as_sae(ae.encoder.weight, ae.encoder.bias, ae.decoder.weight.t(), ae.b_dec, self.k)
+        return formats.build(ae.encoder.weight, ae.encoder.bias, ae.decoder.weight.t(), ae.b_dec, "topk", self.k)
 
 
 class Sparsify:
@@ -136,7 +128,7 @@ class Sparsify:
 
     def trained(self) -> SAE:
         coder = self.coder
-        return as_sae(coder.encoder.weight, coder.encoder.bias, coder.W_dec, coder.b_dec, coder.cfg.k)
+        return formats.build(coder.encoder.weight, coder.encoder.bias, coder.W_dec, coder.b_dec, "topk", coder.cfg.k)
 
 
 def peers(setting: Setting, case: str, lr: float = LR) -> dict[tuple[str, str], Callable[[], object]]:

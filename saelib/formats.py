@@ -1,0 +1,209 @@
+"""SAEs in the files of other libraries: written for them to load, and read from what they saved.
+
+All of them keep two matrices and two biases, under names of their own and one or the other way round. What differs in substance is
+what happens to an input first. Where a library normalises it by layer norm, that is our unit norm up to one factor,
+
+    LayerNorm(x) = s x',  s = sqrt(d_model - 1),  x' = (x - mean_d(x)) / ||x - mean_d(x)||,
+
+so W_enc / s, s W_dec and s b_pre make the same latents, and the same reconstruction once it is scaled back. Where it does not, an SAE of
+normalised activations is written as it is, and wants its inputs normalised there too, as `saelib.sources.normalise` does it. dictionary_learning
+scales the decoder's rows to unit norm when it loads a ReLU SAE; training here leaves them so.
+"""
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from saelib.sae import SAE
+from saelib.sources import UNIT_NORM
+
+
+def build(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_pre: Tensor, method: str, sparsity: float, normalisation: str = "none") -> SAE:
+    """An SAE of these weights, both matrices with one row a latent."""
+    sae = SAE(W_enc.shape[1], len(W_enc), method, sparsity, normalisation=normalisation).to(W_enc.device)
+    with torch.no_grad():
+        for own, theirs in ((sae.W_enc, W_enc), (sae.b_enc, b_enc), (sae.W_dec, W_dec), (sae.b_pre, b_pre)):
+            own.copy_(theirs)
+    return sae.eval()
+
+
+def scaled(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_pre: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The weights that do to `scale` times an input what these do to the input."""
+    return W_enc / scale, b_enc, W_dec * scale, b_pre * scale
+
+
+def layer_norm_scale(d_model: int) -> float:
+    """The norm of a layer-normalised vector, whose deviation is counted over d_model - 1."""
+    return (d_model - 1) ** 0.5
+
+
+def weights(sae: SAE, scale: float = 1.0) -> list[Tensor]:
+    """W_enc, b_enc, W_dec and b_pre on the CPU, for inputs that are `scale` times what the SAE was trained on."""
+    own = (p.detach().float().cpu() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_pre))
+    return [tensor.contiguous() for tensor in scaled(*own, scale)]
+
+
+def needs(holds: bool, name: str, value, rule: str) -> None:
+    """Raise ValueError, naming what is wrong, its value and the rule, unless the rule holds."""
+    if not holds:
+        raise ValueError(f"{name} is {value!r}: it must be {rule}")
+
+
+def put(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    write(partial)
+    partial.replace(path)
+
+
+def put_json(path: Path, about: dict) -> None:
+    put(path, lambda partial: partial.write_text(json.dumps(about, indent=1) + "\n"))
+
+
+def write_saelens(sae: SAE, folder: Path) -> None:
+    key, is_normalised = sae.method.key, sae.normalisation == UNIT_NORM
+    kinds = {"topk": "topk", "multi_topk": "topk", "relu": "standard", "batchtopk": "jumprelu"}
+    needs(key in kinds, "method", key, f"one of {', '.join(kinds)} for the format 'saelens'")
+    scale = layer_norm_scale(sae.d_model) if is_normalised else 1.0
+    W_enc, b_enc, W_dec, b_pre = weights(sae, scale)
+    tensors = {"W_enc": W_enc.t().contiguous(), "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_pre}
+    about = {"architecture": kinds[key], "d_in": sae.d_model, "d_sae": sae.n_latents, "dtype": "float32", "device": "cpu",
+             "apply_b_dec_to_input": True, "normalize_activations": "layer_norm" if is_normalised else "none",
+             "reshape_activations": "none", "metadata": {}}
+    if kinds[key] == "topk":
+        about |= {"k": sae.method.k, "rescale_acts_by_decoder_norm": False}
+    if kinds[key] == "jumprelu":
+        tensors["threshold"] = sae.method.threshold.detach().float().cpu().expand(sae.n_latents).contiguous()
+    put(folder / "sae_weights.safetensors", lambda partial: save_file(tensors, partial))
+    put_json(folder / "cfg.json", about)
+
+
+def read_saelens(folder: Path) -> SAE:
+    about, tensors = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
+    kind, normalised = about["architecture"], about.get("normalize_activations", "none")
+    needs(kind in ("topk", "standard"), "architecture", kind, "'topk' or 'standard'")
+    needs(normalised in ("none", "layer_norm"), "normalize_activations", normalised, "'none' or 'layer_norm'")
+    W_enc, b_enc, W_dec, b_pre = tensors["W_enc"].float().t(), tensors["b_enc"].float(), tensors["W_dec"].float(), tensors["b_dec"].float()
+    if not about.get("apply_b_dec_to_input", True):
+        b_enc = b_enc + W_enc @ b_pre
+    if about.get("rescale_acts_by_decoder_norm"):  # its latents are chosen, and read, as if the decoder had unit rows
+        norm = W_dec.norm(dim=1)
+        W_enc, b_enc, W_dec = W_enc * norm[:, None], b_enc * norm, W_dec / norm[:, None]
+    scale = 1 / layer_norm_scale(W_enc.shape[1]) if normalised == "layer_norm" else 1.0
+    method = ("topk", about["k"]) if kind == "topk" else ("relu", 0.0)
+    return build(*scaled(W_enc, b_enc, W_dec, b_pre, scale), *method, UNIT_NORM if normalised == "layer_norm" else "none")
+
+
+def write_sparsify(sae: SAE, folder: Path) -> None:
+    needs(sae.method.key in ("topk", "multi_topk"), "method", sae.method.key, "topk or multi_topk for the format 'sparsify'")
+    W_enc, b_enc, W_dec, b_pre = weights(sae)
+    tensors = {"encoder.weight": W_enc, "encoder.bias": b_enc, "W_dec": W_dec, "b_dec": b_pre}
+    put(folder / "sae.safetensors", lambda partial: save_file(tensors, partial))
+    put_json(folder / "cfg.json", {"activation": "topk", "num_latents": sae.n_latents, "k": sae.method.k, "d_in": sae.d_model, "normalize_decoder": True,
+                                   "multi_topk": sae.method.key == "multi_topk", "skip_connection": False, "transcode": False,
+                                   "normalisation": sae.normalisation})
+
+
+def read_sparsify(folder: Path) -> SAE:
+    about, tensors = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae.safetensors")
+    needs(about.get("activation", "topk") == "topk", "activation", about.get("activation"), "'topk'")
+    for name in ("skip_connection", "transcode"):
+        needs(not about.get(name), name, about.get(name), "false: what predicts other activations is no autoencoder")
+    method = "multi_topk" if about.get("multi_topk") else "topk"
+    return build(*(tensors[name].float() for name in ("encoder.weight", "encoder.bias", "W_dec", "b_dec")), method, about["k"],
+                 about.get("normalisation", "none"))
+
+
+def write_dictionary_learning(sae: SAE, folder: Path) -> None:
+    kinds = {"topk": "AutoEncoderTopK", "relu": "AutoEncoder"}
+    needs(sae.method.key in kinds, "method", sae.method.key, f"one of {', '.join(kinds)} for the format 'dictionary_learning'")
+    W_enc, b_enc, W_dec, b_pre = weights(sae)
+    tensors = {"encoder.weight": W_enc, "encoder.bias": b_enc, "decoder.weight": W_dec.t().contiguous()}
+    trainer = {"dict_class": kinds[sae.method.key], "activation_dim": sae.d_model, "dict_size": sae.n_latents}
+    if sae.method.key == "topk":
+        tensors |= {"b_dec": b_pre, "k": torch.tensor(sae.method.k, dtype=torch.int), "threshold": torch.tensor(-1.0)}
+        trainer["k"] = sae.method.k
+    else:
+        tensors["bias"] = b_pre
+    put(folder / "ae.pt", lambda partial: torch.save(tensors, partial))
+    put_json(folder / "config.json", {"trainer": trainer, "normalisation": sae.normalisation})
+
+
+def read_dictionary_learning(folder: Path) -> SAE:
+    about, tensors = json.loads((folder / "config.json").read_text()), torch.load(folder / "ae.pt", weights_only=True, map_location="cpu")
+    kind = about["trainer"]["dict_class"]
+    needs(kind in ("AutoEncoderTopK", "AutoEncoder"), "dict_class", kind, "'AutoEncoderTopK' or 'AutoEncoder'")
+    method, b_pre = (("topk", int(tensors["k"])), "b_dec") if kind == "AutoEncoderTopK" else (("relu", 0.0), "bias")
+    return build(tensors["encoder.weight"].float(), tensors["encoder.bias"].float(), tensors["decoder.weight"].float().t(), tensors[b_pre].float(),
+                 *method, about.get("normalisation", "none"))
+
+
+def write_openai(sae: SAE, folder: Path) -> None:
+    key = sae.method.key
+    needs(key in ("topk", "multi_topk", "relu"), "method", key, "one of topk, multi_topk, relu for the format 'openai'")
+    is_topk, scale = key != "relu", layer_norm_scale(sae.d_model) if key != "relu" else 1.0
+    fits = UNIT_NORM if is_topk else "none"
+    needs(sae.normalisation == fits, "normalisation", sae.normalisation, f"{fits!r} for a {key} SAE in the format 'openai', which always does that")
+    W_enc, b_enc, W_dec, b_pre = weights(sae, scale)
+    state = {"pre_bias": b_pre, "latent_bias": b_enc, "encoder.weight": W_enc, "decoder.weight": W_dec.t().contiguous(),
+             "stats_last_nonzero": torch.zeros(sae.n_latents, dtype=torch.long), "latents_activation_frequency": torch.ones(sae.n_latents),
+             "latents_mean_square": torch.zeros(sae.n_latents), "activation": "TopK" if is_topk else "ReLU"}
+    if is_topk:
+        state["activation_state_dict"] = {"k": sae.method.k, "postact_fn": "ReLU"}
+    put(folder / "autoencoder.pt", lambda partial: torch.save(state, partial))
+
+
+def read_openai(folder: Path) -> SAE:
+    state = torch.load(folder / "autoencoder.pt", weights_only=True, map_location="cpu")
+    kind = state.get("activation", "ReLU")
+    needs(kind in ("TopK", "ReLU"), "activation", kind, "'TopK' or 'ReLU'")
+    W_enc, b_enc, W_dec, b_pre = (state[name].float() for name in ("encoder.weight", "latent_bias", "decoder.weight", "pre_bias"))
+    if kind == "ReLU":
+        return build(W_enc, b_enc, W_dec.t(), b_pre, "relu", 0.0)
+    choice, scale = state["activation_state_dict"], 1 / layer_norm_scale(W_enc.shape[1])
+    needs(choice["postact_fn"] == "ReLU", "postact_fn", choice["postact_fn"], "'ReLU'")
+    return build(*scaled(W_enc, b_enc, W_dec.t(), b_pre, scale), "topk", choice["k"], UNIT_NORM)
+
+
+FORMATS = {"saelens": (write_saelens, read_saelens), "sparsify": (write_sparsify, read_sparsify),
+           "dictionary_learning": (write_dictionary_learning, read_dictionary_learning), "openai": (write_openai, read_openai)}
+
+
+def of(format: str) -> tuple[Callable[[SAE, Path], None], Callable[[Path], SAE]]:
+    needs(format in FORMATS, "format", format, f"one of {', '.join(FORMATS)}")
+    return FORMATS[format]
+
+
+def save(sae: SAE, folder: str | Path, format: str) -> None:
+    """Write an SAE into `folder` as another library loads it.
+
+    Args:
+        sae: the autoencoder.
+        folder: made if it is not there.
+        format: "saelens", "sparsify", "dictionary_learning" or "openai".
+
+    Raises:
+        ValueError: an unknown format, or an SAE that it cannot hold. Nothing is written then.
+    """
+    of(format)[0](sae, Path(folder))
+
+
+def load(folder: str | Path, format: str) -> SAE:
+    """Read an SAE that another library wrote. An L1 coefficient is not kept there: a ReLU SAE comes back with 0.
+
+    Args:
+        folder: where its files lie.
+        format: "saelens", "sparsify", "dictionary_learning" or "openai".
+
+    Returns:
+        The SAE, in evaluation mode. Its `normalisation` says what its inputs must have gone through.
+
+    Raises:
+        ValueError: an unknown format, or an architecture that is not here.
+        FileNotFoundError: the folder does not hold the format's files.
+    """
+    return of(format)[1](Path(folder))

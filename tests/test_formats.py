@@ -1,0 +1,177 @@
+"""SAEs in the files of other libraries. Each library's forward pass is written out here from its definition, for raw activations; where the
+library is installed, it is asked itself."""
+import importlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from saelib import formats, sources
+from saelib.sae import SAE
+
+D, N, K = 12, 40, 5
+X = 3 * torch.randn(50, D, generator=torch.Generator().manual_seed(0)) + 1
+CASES = [("saelens", "topk", "none"), ("saelens", "topk", sources.UNIT_NORM), ("saelens", "multi_topk", sources.UNIT_NORM), ("saelens", "relu", "none"),
+         ("saelens", "relu", sources.UNIT_NORM), ("saelens", "batchtopk", sources.UNIT_NORM), ("sparsify", "topk", "none"), ("sparsify", "multi_topk", "none"),
+         ("sparsify", "topk", sources.UNIT_NORM), ("dictionary_learning", "topk", "none"), ("dictionary_learning", "relu", sources.UNIT_NORM),
+         ("openai", "topk", sources.UNIT_NORM), ("openai", "multi_topk", sources.UNIT_NORM), ("openai", "relu", "none")]
+WITHOUT = [case for case in CASES if case[0] in ("sparsify", "dictionary_learning")]  # these do nothing to their inputs
+
+
+def make(method, normalisation):
+    """An SAE whose weights, biases and threshold have no special form but for unit rows, which training leaves."""
+    sae = SAE(D, N, method, 0.1 if method == "relu" else K, normalisation=normalisation, seed=7)
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for p in sae.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator)
+        sae.normalise_decoder()
+        if method == "batchtopk":
+            sae.method.threshold.fill_(0.4)
+    return sae.eval()
+
+
+def ours(sae, x):
+    """Latents and reconstruction of raw activations: normalised for the SAE, and scaled back."""
+    if sae.normalisation == "none":
+        return sae.encode(x), sae(x)
+    mean = x.mean(1, keepdim=True)
+    norm = (x - mean).norm(dim=1, keepdim=True)
+    inner = sources.normalise(x)
+    return sae.encode(inner), sae(inner) * norm + mean
+
+
+def layer_norm(x):
+    mean = x.mean(1, keepdim=True)
+    deviation = (x - mean).std(1, keepdim=True)
+    return (x - mean) / (deviation + 1e-5), mean, deviation
+
+
+def choose(pre_acts, k):
+    values, places = pre_acts.topk(k, dim=1)
+    return torch.zeros_like(pre_acts).scatter(1, places, torch.relu(values))
+
+
+def saelens(folder, x):
+    about, w = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
+    inner, mean, deviation = layer_norm(x) if about["normalize_activations"] == "layer_norm" else (x, 0, 1)
+    pre_acts = (inner - w["b_dec"] * about["apply_b_dec_to_input"]) @ w["W_enc"] + w["b_enc"]
+    latents = {"topk": lambda: choose(pre_acts, about["k"]), "standard": lambda: torch.relu(pre_acts),
+               "jumprelu": lambda: torch.relu(pre_acts) * (pre_acts > w["threshold"])}[about["architecture"]]()
+    return latents, (latents @ w["W_dec"] + w["b_dec"]) * deviation + mean
+
+
+def sparsify(folder, x):
+    about, w = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae.safetensors")
+    latents = choose(torch.relu((x - w["b_dec"]) @ w["encoder.weight"].t() + w["encoder.bias"]), about["k"])
+    return latents, latents @ w["W_dec"] + w["b_dec"]
+
+
+def dictionary_learning(folder, x):
+    w = torch.load(folder / "ae.pt", weights_only=True)
+    b_dec = w["b_dec"] if "k" in w else w["bias"]
+    latents = torch.relu((x - b_dec) @ w["encoder.weight"].t() + w["encoder.bias"])
+    latents = choose(latents, int(w["k"])) if "k" in w else latents
+    return latents, latents @ w["decoder.weight"].t() + b_dec
+
+
+def openai(folder, x):
+    w = torch.load(folder / "autoencoder.pt", weights_only=True)
+    inner, mean, deviation = layer_norm(x) if w["activation"] == "TopK" else (x, 0, 1)
+    pre_acts = (inner - w["pre_bias"]) @ w["encoder.weight"].t() + w["latent_bias"]
+    latents = choose(pre_acts, w["activation_state_dict"]["k"]) if w["activation"] == "TopK" else torch.relu(pre_acts)
+    return latents, (latents @ w["decoder.weight"].t() + w["pre_bias"]) * deviation + mean
+
+
+THEIRS = {"saelens": saelens, "sparsify": sparsify, "dictionary_learning": dictionary_learning, "openai": openai}
+
+
+@pytest.mark.parametrize("format, method, normalisation", CASES)
+def test_the_other_library_computes_the_same(format, method, normalisation, tmp_path):
+    sae = make(method, normalisation)
+    formats.save(sae, tmp_path / "new" / "folder", format)
+    x = sources.normalise(X) if normalisation == sources.UNIT_NORM and (format, method, normalisation) in WITHOUT else X
+    wanted = ours(sae, x) if x is X else (sae.encode(x), sae(x))
+    for theirs, own in zip(THEIRS[format](tmp_path / "new" / "folder", x), wanted):
+        torch.testing.assert_close(theirs, own, rtol=1e-4, atol=1e-4)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("format, method, normalisation", [case for case in CASES if case[1] != "batchtopk"])
+def test_what_was_written_comes_back(format, method, normalisation, tmp_path):
+    sae = make(method, normalisation)
+    formats.save(sae, tmp_path, format)
+    back = formats.load(tmp_path, format)
+    assert back.normalisation == normalisation and not back.training
+    assert back.method.key == (method if format == "sparsify" else method.replace("multi_", ""))
+    assert back.method.sparsity == (0 if method == "relu" else K)
+    for name, tensor in sae.named_parameters():
+        torch.testing.assert_close(dict(back.named_parameters())[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_saelens_sae_with_rows_of_any_norm_and_an_input_that_is_not_centred_is_folded(centred, tmp_path):
+    formats.save(make("topk", "none"), tmp_path, "saelens")
+    about = json.loads((tmp_path / "cfg.json").read_text()) | {"apply_b_dec_to_input": centred, "rescale_acts_by_decoder_norm": True}
+    (tmp_path / "cfg.json").write_text(json.dumps(about))
+    w = load_file(tmp_path / "sae_weights.safetensors")
+    norm = w["W_dec"].norm(dim=1)
+    latents = choose(((X - w["b_dec"] * centred) @ w["W_enc"] + w["b_enc"]) * norm, K)
+    back = formats.load(tmp_path, "saelens")
+    torch.testing.assert_close(back.encode(X), latents, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(back(X), (latents / norm) @ w["W_dec"] + w["b_dec"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("format, method, normalisation, message", [
+    ("saelens2", "topk", "none", "format is 'saelens2': it must be one of saelens, sparsify, dictionary_learning, openai"),
+    ("sparsify", "relu", "none", "method is 'relu': it must be topk or multi_topk"),
+    ("dictionary_learning", "batchtopk", "none", "method is 'batchtopk': it must be one of topk, relu"),
+    ("openai", "topk", "none", "normalisation is 'none': it must be 'unit_norm' for a topk SAE"),
+    ("openai", "relu", sources.UNIT_NORM, "normalisation is 'unit_norm': it must be 'none' for a relu SAE"),
+])
+def test_what_a_format_cannot_hold_is_said_and_nothing_written(format, method, normalisation, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        formats.save(make(method, normalisation), tmp_path / "new", format)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("format, changed, message", [
+    ("saelens", {"architecture": "gated"}, "architecture is 'gated': it must be"),
+    ("saelens", {"normalize_activations": "expected_average_only_in"}, "normalize_activations is 'expected_average_only_in': it must be"),
+    ("sparsify", {"activation": "groupmax"}, "activation is 'groupmax': it must be"),
+    ("sparsify", {"transcode": True}, "transcode is True: it must be"),
+    ("dictionary_learning", {"trainer": {"dict_class": "GatedAutoEncoder"}}, "dict_class is 'GatedAutoEncoder': it must be"),
+])
+def test_an_architecture_that_is_not_here_is_named(format, changed, message, tmp_path):
+    formats.save(make("topk", "none"), tmp_path, format)
+    file = tmp_path / ("config.json" if format == "dictionary_learning" else "cfg.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(ValueError, match=message):
+        formats.load(tmp_path, format)
+
+
+def asked(library, folder, x):
+    """Latents and reconstruction by the library itself."""
+    if library == "sae_lens":
+        theirs = importlib.import_module("sae_lens").SAE.load_from_disk(folder)
+        latents = theirs.encode(x)
+        return latents, theirs.decode(latents)
+    if library == "sparsify":
+        theirs = importlib.import_module("sparsify").SparseCoder.load_from_disk(folder)
+        values, places, _ = theirs.encode(x)
+        return torch.zeros(len(x), N).scatter(1, places, values), theirs.b_dec + torch.zeros(len(x), N).scatter(1, places, values) @ theirs.W_dec
+    theirs, _ = importlib.import_module("dictionary_learning.utils").load_dictionary(str(folder), "cpu")
+    return theirs.encode(x), theirs(x)
+
+
+@pytest.mark.parametrize("format, method, normalisation", [case for case in CASES if case[0] != "openai"])
+@torch.no_grad()
+def test_the_library_itself_loads_it_and_computes_the_same(format, method, normalisation, tmp_path):
+    library = {"saelens": "sae_lens"}.get(format, format)
+    pytest.importorskip(library, reason=f"{library} is not installed: pip install '.[peers]'")
+    sae = make(method, normalisation)
+    formats.save(sae, tmp_path, format)
+    x = sources.normalise(X) if normalisation == sources.UNIT_NORM and (format, method, normalisation) in WITHOUT else X
+    for theirs, own in zip(asked(library, tmp_path, x), ours(sae, x) if x is X else (sae.encode(x), sae(x))):
+        torch.testing.assert_close(theirs, own, rtol=1e-4, atol=1e-4)
