@@ -151,7 +151,11 @@ def code_hash() -> str:
 def provenance(device: str) -> dict[str, str]:
     """What a row says of where it was made: package versions, hardware, commit, code."""
     commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=PACKAGE, capture_output=True, text=True).stdout.strip()
-    return {"saelib": importlib.metadata.version("saelib"), "torch": torch.__version__, "python": platform.python_version(),
+    try:
+        version = importlib.metadata.version("saelib")
+    except importlib.metadata.PackageNotFoundError:  # run from a clone, as on a machine without a network
+        version = "not installed"
+    return {"saelib": version, "torch": torch.__version__, "python": platform.python_version(),
             "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU {torch.backends.cpu.get_cpu_capability()}",
             "commit": commit or "unknown", "code": code_hash()}
 

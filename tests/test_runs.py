@@ -145,3 +145,11 @@ def test_tasks_side_by_side_keep_their_order_have_a_core_each_and_stop_at_the_fi
     with pytest.raises(ZeroDivisionError):
         sweeps.side_by_side(lambda item: 1 / item, [1, 0, 2])
     assert torch.get_num_threads() == before
+
+
+def test_a_clone_that_is_not_installed_says_so_in_its_rows(monkeypatch):
+    def missing(name):
+        raise runs.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(runs.importlib.metadata, "version", missing)
+    assert runs.provenance.__wrapped__("cpu")["saelib"] == "not installed"
