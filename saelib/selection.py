@@ -1,4 +1,4 @@
-"""The k largest numbers of each row of a matrix on the CPU, several times faster than `torch.topk` finds them."""
+"""The k largest numbers of each row of a matrix, by looking through fewer numbers than there are, and through them faster."""
 import math
 
 import torch
@@ -32,7 +32,7 @@ def topk(values: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k
     """`torch.topk` in no particular order.
 
     In bfloat16 a value and its place fit into one whole number of 32 bits, and numpy partitions rows of such numbers
-    several times faster than torch does rows of pairs. What is not a number comes back as infinite.
+    faster than torch does rows of pairs. What is not a number comes back as infinite.
     """
     if values.is_cuda or values.dtype != torch.bfloat16 or values.shape[1] > 2**16:
         return values.topk(k, dim=1, sorted=False)
