@@ -48,8 +48,10 @@ class Loop:
                 "step": self.step, "history": self.history, "ema": self.ema.state_dict() if self.ema else None}
 
     def restore(self, state: dict) -> None:
+        own = {name: self.adam.param_groups[0][name] for name in ("lr", "capturable")}  # of this device, and not of the one that saved
         self.sae.load_state_dict(state["sae"])
         self.adam.load_state_dict(state["adam"])
+        self.adam.param_groups[0].update(own)
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
         self.step, self.history = state["step"], state["history"]
         if self.ema:

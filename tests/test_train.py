@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -70,6 +72,18 @@ def test_gradients_are_clipped_to_norm_1_and_shorter_ones_left_as_they_are(monke
     loop.update()
     for parameter, grad in zip(loop.sae.parameters(), wanted):
         torch.testing.assert_close(parameter.grad, grad)
+
+
+def test_a_checkpoint_of_another_device_leaves_the_optimiser_as_this_one_needs_it():
+    loops = [Loop(SAE(16, 40, "topk", 4), 1e-3, 1000, 0.0, 8, 0.0) for _ in range(2)]
+    loops[0].one(X[:50], 1.0, 1.0, "sparse", "fp32", log=True)
+    state = copy.deepcopy(loops[0].state())
+    state["adam"]["param_groups"][0] |= {"lr": 0.5, "capturable": True}
+    loops[1].restore(state)
+    for loop in loops:
+        loop.one(X[50:100], 0.5, 1.0, "sparse", "fp32", log=True)
+    assert loops[1].adam.param_groups[0]["capturable"] is False and loops[0].history == loops[1].history
+    assert torch.equal(loops[0].sae.W_dec, loops[1].sae.W_dec)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch):
