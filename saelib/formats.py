@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from saelib.checks import require
 from saelib.sae import SAE
 from saelib.sources import UNIT_NORM
 
@@ -46,12 +47,6 @@ def weights(sae: SAE, scale: float = 1.0) -> list[Tensor]:
     return [tensor.contiguous() for tensor in scaled(*own, scale)]
 
 
-def needs(holds: bool, name: str, value, rule: str) -> None:
-    """Raise ValueError, naming what is wrong, its value and the rule, unless the rule holds."""
-    if not holds:
-        raise ValueError(f"{name} is {value!r}: it must be {rule}")
-
-
 def put(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +62,7 @@ def put_json(path: Path, about: dict) -> None:
 def write_saelens(sae: SAE, folder: Path) -> None:
     key, is_normalised = sae.method.key, sae.normalisation == UNIT_NORM
     kinds = {"topk": "topk", "multi_topk": "topk", "relu": "standard", "batchtopk": "jumprelu"}
-    needs(key in kinds, "method", key, f"one of {', '.join(kinds)} for the format 'saelens'")
+    require(key in kinds, "method", key, f"one of {', '.join(kinds)} for the format 'saelens'")
     scale = layer_norm_scale(sae.d_model) if is_normalised else 1.0
     W_enc, b_enc, W_dec, b_pre = weights(sae, scale)
     tensors = {"W_enc": W_enc.t().contiguous(), "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_pre}
@@ -85,8 +80,8 @@ def write_saelens(sae: SAE, folder: Path) -> None:
 def read_saelens(folder: Path) -> SAE:
     about, tensors = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
     kind, normalised = about["architecture"], about.get("normalize_activations", "none")
-    needs(kind in ("topk", "standard"), "architecture", kind, "'topk' or 'standard'")
-    needs(normalised in ("none", "layer_norm"), "normalize_activations", normalised, "'none' or 'layer_norm'")
+    require(kind in ("topk", "standard"), "architecture", kind, "'topk' or 'standard'")
+    require(normalised in ("none", "layer_norm"), "normalize_activations", normalised, "'none' or 'layer_norm'")
     W_enc, b_enc, W_dec, b_pre = tensors["W_enc"].float().t(), tensors["b_enc"].float(), tensors["W_dec"].float(), tensors["b_dec"].float()
     if not about.get("apply_b_dec_to_input", True):
         b_enc = b_enc + W_enc @ b_pre
@@ -99,20 +94,20 @@ def read_saelens(folder: Path) -> SAE:
 
 
 def write_sparsify(sae: SAE, folder: Path) -> None:
-    needs(sae.method.key in ("topk", "multi_topk"), "method", sae.method.key, "topk or multi_topk for the format 'sparsify'")
+    require(sae.method.key in ("topk", "multi_topk"), "method", sae.method.key, "topk or multi_topk for the format 'sparsify'")
     W_enc, b_enc, W_dec, b_pre = weights(sae)
     tensors = {"encoder.weight": W_enc, "encoder.bias": b_enc, "W_dec": W_dec, "b_dec": b_pre}
     put(folder / "sae.safetensors", lambda partial: save_file(tensors, partial))
-    put_json(folder / "cfg.json", {"activation": "topk", "num_latents": sae.n_latents, "k": sae.method.k, "d_in": sae.d_model, "normalize_decoder": True,
-                                   "multi_topk": sae.method.key == "multi_topk", "skip_connection": False, "transcode": False,
+    put_json(folder / "cfg.json", {"activation": "topk", "num_latents": sae.n_latents, "k": sae.method.k, "d_in": sae.d_model,
+                                   "normalize_decoder": True, "multi_topk": sae.method.key == "multi_topk", "skip_connection": False, "transcode": False,
                                    "normalisation": sae.normalisation})
 
 
 def read_sparsify(folder: Path) -> SAE:
     about, tensors = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae.safetensors")
-    needs(about.get("activation", "topk") == "topk", "activation", about.get("activation"), "'topk'")
+    require(about.get("activation", "topk") == "topk", "activation", about.get("activation"), "'topk'")
     for name in ("skip_connection", "transcode"):
-        needs(not about.get(name), name, about.get(name), "false: what predicts other activations is no autoencoder")
+        require(not about.get(name), name, about.get(name), "false: what predicts other activations is no autoencoder")
     method = "multi_topk" if about.get("multi_topk") else "topk"
     return build(*(tensors[name].float() for name in ("encoder.weight", "encoder.bias", "W_dec", "b_dec")), method, about["k"],
                  about.get("normalisation", "none"))
@@ -120,7 +115,7 @@ def read_sparsify(folder: Path) -> SAE:
 
 def write_dictionary_learning(sae: SAE, folder: Path) -> None:
     kinds = {"topk": "AutoEncoderTopK", "relu": "AutoEncoder"}
-    needs(sae.method.key in kinds, "method", sae.method.key, f"one of {', '.join(kinds)} for the format 'dictionary_learning'")
+    require(sae.method.key in kinds, "method", sae.method.key, f"one of {', '.join(kinds)} for the format 'dictionary_learning'")
     W_enc, b_enc, W_dec, b_pre = weights(sae)
     tensors = {"encoder.weight": W_enc, "encoder.bias": b_enc, "decoder.weight": W_dec.t().contiguous()}
     trainer = {"dict_class": kinds[sae.method.key], "activation_dim": sae.d_model, "dict_size": sae.n_latents}
@@ -136,7 +131,7 @@ def write_dictionary_learning(sae: SAE, folder: Path) -> None:
 def read_dictionary_learning(folder: Path) -> SAE:
     about, tensors = json.loads((folder / "config.json").read_text()), torch.load(folder / "ae.pt", weights_only=True, map_location="cpu")
     kind = about["trainer"]["dict_class"]
-    needs(kind in ("AutoEncoderTopK", "AutoEncoder"), "dict_class", kind, "'AutoEncoderTopK' or 'AutoEncoder'")
+    require(kind in ("AutoEncoderTopK", "AutoEncoder"), "dict_class", kind, "'AutoEncoderTopK' or 'AutoEncoder'")
     method, b_pre = (("topk", int(tensors["k"])), "b_dec") if kind == "AutoEncoderTopK" else (("relu", 0.0), "bias")
     return build(tensors["encoder.weight"].float(), tensors["encoder.bias"].float(), tensors["decoder.weight"].float().t(), tensors[b_pre].float(),
                  *method, about.get("normalisation", "none"))
@@ -144,10 +139,10 @@ def read_dictionary_learning(folder: Path) -> SAE:
 
 def write_openai(sae: SAE, folder: Path) -> None:
     key = sae.method.key
-    needs(key in ("topk", "multi_topk", "relu"), "method", key, "one of topk, multi_topk, relu for the format 'openai'")
+    require(key in ("topk", "multi_topk", "relu"), "method", key, "one of topk, multi_topk, relu for the format 'openai'")
     is_topk, scale = key != "relu", layer_norm_scale(sae.d_model) if key != "relu" else 1.0
     fits = UNIT_NORM if is_topk else "none"
-    needs(sae.normalisation == fits, "normalisation", sae.normalisation, f"{fits!r} for a {key} SAE in the format 'openai', which always does that")
+    require(sae.normalisation == fits, "normalisation", sae.normalisation, f"{fits!r} for a {key} SAE in the format 'openai', which always does that")
     W_enc, b_enc, W_dec, b_pre = weights(sae, scale)
     state = {"pre_bias": b_pre, "latent_bias": b_enc, "encoder.weight": W_enc, "decoder.weight": W_dec.t().contiguous(),
              "stats_last_nonzero": torch.zeros(sae.n_latents, dtype=torch.long), "latents_activation_frequency": torch.ones(sae.n_latents),
@@ -160,12 +155,12 @@ def write_openai(sae: SAE, folder: Path) -> None:
 def read_openai(folder: Path) -> SAE:
     state = torch.load(folder / "autoencoder.pt", weights_only=True, map_location="cpu")
     kind = state.get("activation", "ReLU")
-    needs(kind in ("TopK", "ReLU"), "activation", kind, "'TopK' or 'ReLU'")
+    require(kind in ("TopK", "ReLU"), "activation", kind, "'TopK' or 'ReLU'")
     W_enc, b_enc, W_dec, b_pre = (state[name].float() for name in ("encoder.weight", "latent_bias", "decoder.weight", "pre_bias"))
     if kind == "ReLU":
         return build(W_enc, b_enc, W_dec.t(), b_pre, "relu", 0.0)
     choice, scale = state["activation_state_dict"], 1 / layer_norm_scale(W_enc.shape[1])
-    needs(choice["postact_fn"] == "ReLU", "postact_fn", choice["postact_fn"], "'ReLU'")
+    require(choice["postact_fn"] == "ReLU", "postact_fn", choice["postact_fn"], "'ReLU'")
     return build(*scaled(W_enc, b_enc, W_dec.t(), b_pre, scale), "topk", choice["k"], UNIT_NORM)
 
 
@@ -174,7 +169,7 @@ FORMATS = {"saelens": (write_saelens, read_saelens), "sparsify": (write_sparsify
 
 
 def of(format: str) -> tuple[Callable[[SAE, Path], None], Callable[[Path], SAE]]:
-    needs(format in FORMATS, "format", format, f"one of {', '.join(FORMATS)}")
+    require(format in FORMATS, "format", format, f"one of {', '.join(FORMATS)}")
     return FORMATS[format]
 
 

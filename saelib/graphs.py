@@ -10,14 +10,15 @@ import threading
 import torch
 from torch import Tensor
 
+from saelib.checks import require
+
 RECORDING = threading.Lock()  # members of a sweep share the device
 
 
 def check(sae) -> None:
     """Raise ValueError unless the training steps of `sae` can be recorded."""
-    if not sae.W_dec.is_cuda or sae.method.waits:
-        rule = "'sparse' for a method that waits for the device" if sae.W_dec.is_cuda else "'sparse' or 'dense' on a CPU"
-        raise ValueError(f"path is 'graph': it must be {rule}")
+    require(sae.W_dec.is_cuda, "path", "graph", "'sparse' or 'dense' on a CPU")
+    require(not sae.method.waits, "path", "graph", "'sparse' for a method that waits for the device")
 
 
 class Recorded:

@@ -20,8 +20,8 @@ from saelib.sae import SAE, geometric_median
 from saelib.train import paper_lr, train
 
 PACKAGE = Path(__file__).parent
-DECIDING = ("auxk", "cache", "dense", "graphs", "kernels", "losses", "methods", "metrics", "runs", "sae", "selection", "sources", "subjects", "texts", "train",
-            "triton_kernels", "triton_select", "variants")
+DECIDING = ("auxk", "cache", "checks", "dense", "graphs", "kernels", "losses", "methods", "metrics", "runs", "sae", "selection",
+            "sources", "subjects", "texts", "train", "triton_kernels", "triton_select", "variants")
 MEDIAN_ROWS = 8192
 BF16_WEIGHTS = 2**16
 

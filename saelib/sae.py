@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from saelib import dense, kernels, methods
+from saelib.checks import require
 
 FORMAT = "saelib-1"
 
@@ -101,8 +102,7 @@ class SAE(nn.Module):
             `Output`: x_hat, and the latents of that path.
         """
         self.check(x)
-        if path not in ("sparse", "dense"):
-            raise ValueError(f"path is {path!r}: it must be 'sparse' or 'dense'")
+        require(path in ("sparse", "dense"), "path", path, "'sparse' or 'dense'")
         act = getattr(self.method.forward, "__func__", None)  # a method with an activation function of its own has no kernel
         if path == "sparse" and act in methods.ON_KERNELS:
             values, active = kernels.encode(x, self.b_pre, self.W_enc, self.b_enc, self.method.k, precision, self.method.select)

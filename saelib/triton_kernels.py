@@ -14,14 +14,10 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelib.checks import require
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CHUNK = 16 if INTERPRETED else 64  # pairs of one latent that one program adds up
-
-
-def require(holds: bool, name: str, value, rule: str) -> None:
-    """Raise ValueError, naming the argument, its value and the rule, unless the rule holds."""
-    if not holds:
-        raise ValueError(f"{name} is {value!r}: it must be {rule}")
 
 
 def block(size: int, on_gpu: int, interpreted: int = 16) -> int:

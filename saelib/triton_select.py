@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from saelib.triton_kernels import INTERPRETED, block, dot, require
+from saelib.checks import require
+from saelib.triton_kernels import INTERPRETED, block, dot
 
 GROUP = 32  # latents whose maximum stands for them: one 64-byte piece of a bf16 row
 SCORES_AT_ONCE = 2**31  # bounds the buffer of pre-activations, by working through the tokens in parts
