@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from saelib import metrics, runs, subjects, sweeps, timing
-from saelib.contestants import CASES, RELU, Floor, Ours, Setting, auto_name, floors, ours, plain
+from saelib.contestants import CASES, RELU, Floor, Ours, Setting, auto_name, fast_paths, floors, ours, plain
 from saelib.parts import large_copy, parts, predict
 from saelib.peers import peers
 
@@ -42,7 +42,8 @@ def steps(settings: list[Setting], cases: tuple[str, ...], seconds: float, table
     for s in settings:
         makers = floors(s)
         for case in cases:
-            makers |= {**ours(s, case, twin=case not in RELU), **plain(s, case), **peers(s, case)}
+            paths = fast_paths(s.device) + ("dense",) * (case not in RELU)
+            makers |= {**ours(s, case, paths=paths), **plain(s, case), **peers(s, case)}
         rows = timing.compare(makers, s.batches(2), GEMM[s.device], seconds / len(settings), f"steps, n = {s.n_latents}, batch {s.batch_size}")
         yield from ({"table": table, "setting": asdict(s), "auto": auto_name(s), **row} for row in rows)
 
@@ -110,7 +111,7 @@ def target(device: str) -> Iterator[dict]:
     """
     source = subjects.open_source("pygpt", TARGET_TOKENS, device=device)
     s = replace(FIRST, d_model=source.d_model, device=device)
-    makers = {key: make for some in (ours, plain, peers) for key, make in some(s, "topk", TARGET_LR).items()}
+    makers = ours(s, "topk", TARGET_LR, fast_paths(device)) | plain(s, "topk", TARGET_LR) | peers(s, "topk", TARGET_LR)
     x = next(source.batches(s.batch_size, 1, 1)).to(device)
     warm, failed = timing.ready(makers, [x])
     made = {key: makers[key]() for key in warm}  # again, for `ready` has trained those

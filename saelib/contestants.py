@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saelib import runs, sources, subjects, train
+from saelib import native, runs, sources, subjects, train
 from saelib.methods import keep_largest
 from saelib.sae import SAE
 
@@ -168,19 +168,22 @@ def fused_adam(setting: Setting) -> Callable[[Tensor], None]:
     return lambda x: adam.step()
 
 
-def ours(setting: Setting, case: str, lr: float = LR, twin: bool = False) -> dict[tuple[str, str], Callable[[], Ours]]:
-    """(case, name) -> what makes it, in every precision that this machine has, and as the dense twin if asked for."""
-    bf16 = subjects.fast_dtype(setting.device) == torch.bfloat16
-    made = {}
-    if setting.device == "cpu":
-        made["saelib, fp32"] = lambda: Ours(setting, case, "sparse", "fp32", lr)
-    if bf16:
-        made["saelib, bf16"] = lambda: Ours(setting, case, "sparse", "bf16", lr)
-    if setting.device == "cuda":
-        made["saelib, bf16, graph"] = lambda: Ours(setting, case, "graph", "bf16", lr)
-    if twin:
-        made["saelib, dense twin"] = lambda: Ours(setting, case, "dense", "bf16" if setting.device == "cuda" else "fp32", lr)
-    return {(case, name): make for name, make in made.items()}
+def ours(setting: Setting, case: str, lr: float = LR, paths: tuple[str, ...] = ("sparse",)) -> dict[tuple[str, str], Callable[[], Ours]]:
+    """(case, name) -> what makes it, on these paths, in every precision that this machine has; the dense twin in one."""
+    def make(path: str, precision: str) -> Callable[[], Ours]:
+        return lambda: Ours(setting, case, path, precision, lr)
+
+    precisions = ["fp32"] * (setting.device == "cpu") + ["bf16"] * (subjects.fast_dtype(setting.device) == torch.bfloat16)
+    made = {", ".join(["saelib", precision] + [path] * (path != "sparse")): make(path, precision)
+            for path in paths if path != "dense" for precision in precisions}
+    if "dense" in paths:
+        made["saelib, dense twin"] = make("dense", precisions[0])
+    return {(case, name): one for name, one in made.items()}
+
+
+def fast_paths(device: str) -> tuple[str, ...]:
+    """The stock path, and the one beside it that this machine can take."""
+    return ("sparse", "graph") if device == "cuda" else ("sparse", "native") if native.available() else ("sparse",)
 
 
 def plain(setting: Setting, case: str, lr: float = LR) -> dict[tuple[str, str], Callable[[], Plain]]:

@@ -2,8 +2,8 @@
 
 How many latents are active is not known before they are computed, and changes in training: half of them at the start, few at the
 end. While many are, four more matrix products follow. Once few are, the active ones are multiplied one by one (see
-`saelib.kernels`), which computes the same and costs less. The plain twin of both is `SAE.forward` with `path="dense"`, which leaves
-the gradients to autograd.
+`saelib.kernels`), which computes the same and costs less. Between the two `saelib.native` is faster, where it can be compiled. The
+plain twin of all is `SAE.forward` with `path="dense"`, which leaves the gradients to autograd.
 """
 import math
 
@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelib import kernels
+from saelib import kernels, native
 
 FEW = 24  # latents for each active one from which one by one is cheaper: in bfloat16 about there, in float32 a little earlier
+FEW_COMPILED = 80  # the same where the other way is `saelib.native`
+FEW_WANTED = 3  # the same for its product of which only the active entries are wanted
 SAMPLE = 64  # tokens on which the share is counted
 GROUP = 8  # latents whose maximum is looked at first
 
@@ -29,10 +31,10 @@ class Scratch(dict):
         return tensor.detach()
 
 
-def few_active(latents: Float[Tensor, "batch n_latents"]) -> bool:
+def few_active(latents: Float[Tensor, "batch n_latents"], few: float = FEW) -> bool:
     """Whether one by one is cheaper, by the share of active latents of the first tokens. On a GPU products are cheap."""
     sample = latents[:SAMPLE]
-    return not latents.is_cuda and FEW * int(sample.count_nonzero()) < sample.numel()
+    return not latents.is_cuda and few * int((sample > 0).sum()) < sample.numel()
 
 
 def nonzero(latents: Float[Tensor, "batch n_latents"]) -> tuple[Tensor, Tensor]:
@@ -46,6 +48,13 @@ def nonzero(latents: Float[Tensor, "batch n_latents"]) -> tuple[Tensor, Tensor]:
     tokens, group = groups.amax(1).nonzero(as_tuple=True)
     inside, place = groups[tokens, :, group].nonzero(as_tuple=True)
     return tokens[inside], place * (n_latents // size) + group[inside]
+
+
+def masked_product(latents: Tensor, tokens: Tensor, rows: Tensor, start: Tensor, scratch: Scratch) -> Tensor:
+    """<tokens_b, rows_j> + start_bj where a latent is active, and 0 elsewhere: by a product of matrices."""
+    out = scratch.take("grad", latents.shape, latents.dtype, latents.device)
+    torch.addmm(start, tokens, rows.t(), out=out)
+    return torch.ops.aten.threshold_backward.grad_input(out, latents, 0, grad_input=out)
 
 
 class _Many(torch.autograd.Function):
@@ -62,9 +71,7 @@ class _Many(torch.autograd.Function):
     def backward(ctx, grad_x_hat, grad_latents):
         centred, W_enc, encoder, decoder, latents = ctx.saved_tensors
         cast_grad = grad_x_hat.to(latents.dtype)
-        grad = ctx.scratch.take("grad", latents.shape, latents.dtype, latents.device)
-        torch.addmm(grad_latents, cast_grad, decoder.t(), out=grad)
-        torch.ops.aten.threshold_backward.grad_input(grad, latents, 0, grad_input=grad)
+        grad = masked_product(latents, cast_grad, decoder, grad_latents, ctx.scratch)
         grad_b_enc = grad.sum(0).to(W_enc.dtype)
         grad_W_enc, grad_W_dec = (grad.t() @ centred).to(W_enc.dtype), (latents.t() @ cast_grad).to(W_enc.dtype)
         grad_x = (grad @ encoder).to(W_enc.dtype) if ctx.needs_input_grad[0] else None
@@ -94,8 +101,31 @@ class _Few(torch.autograd.Function):
                 active.sum_tokens(values, grad_x_hat), None, None, None, None)
 
 
+class _Compiled(torch.autograd.Function):
+    """The same by compiled products that pass over what is zero, however many that are. While many latents are active their gradient
+    is cheaper by a product of matrices."""
+
+    @staticmethod
+    def forward(ctx, x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch):
+        ctx.save_for_backward(centred, W_enc, W_dec, latents)
+        ctx.scratch = scratch
+        return native.decode(latents, W_dec).add_(b_pre), latents.detach()
+
+    @staticmethod
+    def backward(ctx, grad_x_hat, grad_latents):
+        centred, W_enc, W_dec, latents = ctx.saved_tensors
+        grad_x_hat = grad_x_hat.contiguous()
+        product = native.masked_product if few_active(latents, FEW_WANTED) else masked_product
+        grad = product(latents, grad_x_hat.to(latents.dtype), W_dec.to(latents.dtype), grad_latents, ctx.scratch)
+        grad_b_enc = grad.sum(0).to(W_enc.dtype)
+        grad_x = native.decode(grad, W_enc) if ctx.needs_input_grad[0] else None
+        return (grad_x, grad_x_hat.sum(0) - grad_b_enc @ W_enc, native.sum_tokens(grad, centred), grad_b_enc,
+                native.sum_tokens(latents, grad_x_hat), None, None, None, None)
+
+
 def relu(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[Tensor, "n_latents d"], b_enc: Float[Tensor, " n_latents"],
-         W_dec: Float[Tensor, "n_latents d"], precision: str = "fp32", scratch: Scratch | None = None) -> tuple[Tensor, Tensor]:
+         W_dec: Float[Tensor, "n_latents d"], precision: str = "fp32", scratch: Scratch | None = None,
+         compiled: bool = False) -> tuple[Tensor, Tensor]:
     """A whole ReLU autoencoder. Differentiable in all five tensors.
 
     z = ReLU(W_enc (x - b_pre) + b_enc),  x_hat = W_dec^T z + b_pre
@@ -105,6 +135,7 @@ def relu(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[T
         b_pre, W_enc, b_enc, W_dec: the autoencoder, one row a latent.
         precision: "fp32" (the type of `x`), or "bf16" to multiply matrices in bfloat16.
         scratch: memory for the latents and their gradient; both are overwritten by the next call that gets it.
+        compiled: whether the products of `saelib.native` are to be used.
 
     Returns:
         x_hat [batch, d] in the type of `x`, and z [batch, n_latents] in the precision asked for.
@@ -116,4 +147,5 @@ def relu(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[T
         centred, encoder = x - b_pre, W_enc.to(dtype)
         latents = scratch.take("latents", (len(x), len(W_enc)), dtype, x.device)
         torch.addmm(b_enc.to(dtype), centred.to(dtype), encoder.t(), out=latents).relu_()
-    return (_Few if few_active(latents) else _Many).apply(x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch)
+    way = _Few if few_active(latents, FEW_COMPILED if compiled else FEW) else _Compiled if compiled else _Many
+    return way.apply(x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch)

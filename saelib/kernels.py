@@ -105,7 +105,7 @@ class ActiveOnGPU(Active):
 
 @torch.no_grad()
 def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_enc: Float[Tensor, " n_latents"], k: int,
-           precision: str = "fp32") -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+           precision: str = "fp32", find: Callable[[Tensor, int], tuple[Tensor, Tensor]] = largest) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """The k largest pre-activations of each token, in no particular order.
 
     With precision "bf16" the product W_enc x is computed in bfloat16 only to name k + 25 % candidates; their
@@ -117,6 +117,7 @@ def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_e
         b_enc: encoder bias.
         k: how many to keep.
         precision: "fp32" (the type of `x`) or "bf16".
+        find: what finds the k largest of each row of a matrix on the CPU: `selection.largest`, or `native.largest`.
 
     Returns:
         Pre-activations and the latents that they belong to (int32).
@@ -127,15 +128,15 @@ def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_e
         from saelib import triton_select
         return triton_select.select(x, W_enc, b_enc, k, precision, MARGIN)
     if precision == "fp32":
-        return choose(x, W_enc, b_enc, k, x.dtype)
+        return choose(x, W_enc, b_enc, k, x.dtype, find)
     n_kept = min(len(W_enc), k + max(4, round(k * MARGIN)))
-    indices = choose(x, W_enc, b_enc, n_kept, torch.bfloat16)[1]
+    indices = choose(x, W_enc, b_enc, n_kept, torch.bfloat16, find)[1]
     exact = Active(indices, len(W_enc)).dot(x, W_enc) + b_enc[indices]
-    values, best = exact.topk(k, dim=1, sorted=False)
-    return values, indices.gather(1, best)
+    values, best = find(exact, k)
+    return values, indices.gather(1, best.long())
 
 
-def choose(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def choose(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype, find: Callable) -> tuple[Tensor, Tensor]:
     """The k largest of x W_encᵀ + b_enc as `dtype` computes them, a block of tokens at a time (see `select`)."""
     values, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int32, device=x.device)
     weight, bias = W_enc.to(dtype).t(), b_enc.to(dtype)
@@ -143,15 +144,14 @@ def choose(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype) 
     for start in range(0, len(x), BLOCK_ROWS):
         here = slice(start, start + BLOCK_ROWS)
         block = x[here].to(dtype)
-        values[here], indices[here] = largest(torch.addmm(bias, block, weight, out=buffer[: len(block)]), k)
+        values[here], indices[here] = find(torch.addmm(bias, block, weight, out=buffer[: len(block)]), k)
     return values, indices
 
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, b_pre, W_enc, b_enc, k, precision, choice):
-        centred = x - b_pre
-        values, indices = choice(centred, W_enc, b_enc, k, precision)
+    def forward(ctx, x, b_pre, W_enc, b_enc, choice):
+        values, indices = choice(x - b_pre)
         values.relu_()
         ctx.active = (ActiveOnGPU if on_gpu(x) else Active)(indices, len(W_enc))
         ctx.save_for_backward(x, b_pre, W_enc, values)
@@ -162,14 +162,14 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_values, *_):
         if grad_values is None:
-            return (None,) * 7
+            return (None,) * 5
         x, b_pre, W_enc, values = ctx.saved_tensors
         grad = grad_values * (values > 0)
         grad_b_enc = ctx.active.sum_latents(grad)
         grad_W_enc = ctx.active.sum_tokens(grad, x - b_pre) if ctx.needs_input_grad[2] else None
         grad_b_pre = -(grad_b_enc @ W_enc) if ctx.needs_input_grad[1] else None
         grad_x = ctx.active.decode(grad, W_enc) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_b_pre, grad_W_enc, grad_b_enc, None, None, None
+        return grad_x, grad_b_pre, grad_W_enc, grad_b_enc, None
 
 
 class _Decode(torch.autograd.Function):
@@ -190,7 +190,8 @@ class _Decode(torch.autograd.Function):
 
 def encode(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[Tensor, "n_latents d"],
            b_enc: Float[Tensor, " n_latents"], k: int, precision: str = "fp32",
-           choice: Callable[..., tuple[Tensor, Tensor]] = select) -> tuple[Float[Tensor, "batch width"], Active]:
+           choice: Callable[[int, Callable[[int], tuple[Tensor, Tensor]]], tuple[Tensor, Tensor]] = lambda k, best: best(k),
+           find: Callable[[Tensor, int], tuple[Tensor, Tensor]] = largest) -> tuple[Float[Tensor, "batch width"], Active]:
     """TopK latents, as their values and their places. Differentiable in all four tensors.
 
     z = TopK(ReLU(W_enc (x - b_pre) + b_enc))
@@ -205,15 +206,19 @@ def encode(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float
         b_enc: encoder bias.
         k: how many latents to keep for each token.
         precision: "fp32", or "bf16" to select in bfloat16 (see `select`).
-        choice: what chooses them, with the arguments of `select`; it may keep another number of latents, the same for all tokens,
-            and gives a latent that it leaves out the value 0.
+        choice: what chooses them, given k and `best`, which returns the m largest pre-activations and their latents for any m. It may
+            keep another number of latents, the same for all tokens, and gives a latent that it leaves out the value 0.
+        find: what finds the largest of each row (see `select`).
 
     Returns:
         The values (0 where a selected pre-activation was not positive), and the `Active` that places them.
 
     Paper: §2.3, Eq. (3)
     """
-    values, _, active = _Encode.apply(x, b_pre, W_enc, b_enc, k, precision, choice)
+    def choose_of(centred):
+        return choice(k, lambda m: select(centred, W_enc, b_enc, m, precision, find))
+
+    values, _, active = _Encode.apply(x, b_pre, W_enc, b_enc, choose_of)
     return values, active
 
 

@@ -1,4 +1,5 @@
 """The methods: an activation function with its penalty. A new one is one class here and one entry in `METHODS`."""
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -84,9 +85,9 @@ class TopK(Method):
     def forward(self, pre_acts: Float[Tensor, "batch n_latents"]) -> Float[Tensor, "batch n_latents"]:
         return keep_largest(pre_acts, self.k)  # Eq. (3)
 
-    def select(self, x, W_enc, b_enc, k, precision) -> tuple[Tensor, Tensor]:
-        """The same choice on the sparse path (see `saelib.kernels.select`)."""
-        return kernels.select(x, W_enc, b_enc, k, precision)
+    def select(self, k: int, best: Callable[[int], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The same choice on the sparse path (see `choice` of `saelib.kernels.encode`)."""
+        return best(k)
 
 
 class MultiTopK(TopK):
@@ -105,7 +106,7 @@ class MultiTopK(TopK):
         if out.active is None:
             x_hat = sae.decode(keep_largest(sae.pre_acts(x), wide))
         else:
-            x_hat = kernels.decode(*kernels.encode(x, sae.b_pre, sae.W_enc, sae.b_enc, wide, out.precision), sae.W_dec) + sae.b_pre
+            x_hat = kernels.decode(*out.largest(wide), sae.W_dec) + sae.b_pre
         return {"multi_topk": losses.squared_error(x, x_hat) / 8}
 
 
@@ -141,12 +142,12 @@ class BatchTopK(TopK):
         self.remember(cut)
         return torch.relu(pre_acts).masked_fill(pre_acts < cut, 0)
 
-    def select(self, x, W_enc, b_enc, k, precision) -> tuple[Tensor, Tensor]:
+    def select(self, k: int, best: Callable[[int], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Candidates of each token, twice as many until none is full: then what is left out lies below t."""
         width, is_full = k, True
         while is_full:
             width = min(2 * width, self.n_latents)
-            values, indices = kernels.select(x, W_enc, b_enc, width, precision)
+            values, indices = best(width)
             cut = self.cut(values)
             is_full = width < self.n_latents and bool((values.amin(1) >= cut).any())
         self.remember(cut)

@@ -20,7 +20,7 @@ from saelib.sae import SAE, geometric_median
 from saelib.train import paper_lr, train
 
 PACKAGE = Path(__file__).parent
-DECIDING = ("auxk", "cache", "checks", "dense", "graphs", "kernels", "losses", "methods", "metrics", "runs", "sae", "selection",
+DECIDING = ("auxk", "cache", "checks", "dense", "graphs", "kernels", "losses", "methods", "metrics", "native", "runs", "sae", "selection",
             "sources", "subjects", "texts", "train", "triton_kernels", "triton_select", "variants")
 MEDIAN_ROWS = 8192
 BF16_WEIGHTS = 2**16
@@ -107,7 +107,8 @@ def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", 
 
 
 def fit(source: Tensor | sources.Source, method: str = "topk", sparsity: float = 32, *, n_latents: int, n_tokens: int,
-        batch_size: int = 1024, lr: float | None = None, seed: int = 0, device: str = "auto", progress: bool = True) -> Fit:
+        batch_size: int = 1024, lr: float | None = None, seed: int = 0, device: str = "auto", path: str = "sparse",
+        progress: bool = True) -> Fit:
     """Train a sparse autoencoder on activations.
 
     Args:
@@ -120,6 +121,7 @@ def fit(source: Tensor | sources.Source, method: str = "topk", sparsity: float =
         lr: peak learning rate; the paper's rule, 2e-4 sqrt(2^14 / n_latents), if None.
         seed: of the initial weights and the order of the tokens.
         device: "cpu", "cuda", or "auto".
+        path: "sparse"; "native" on a CPU and "graph" on a GPU may be faster (see `saelib.native` and `saelib.graphs`).
         progress: show a progress bar on stderr.
 
     Returns:
@@ -133,7 +135,7 @@ def fit(source: Tensor | sources.Source, method: str = "topk", sparsity: float =
     """
     if isinstance(source, Tensor):
         source = sources.from_tensor(source)
-    config = RunConfig(source.name, method, sparsity, n_latents, n_tokens, batch_size, lr, seed)
+    config = RunConfig(source.name, method, sparsity, n_latents, n_tokens, batch_size, lr, seed, path=path)
     with tqdm(total=n_tokens, unit="tok", unit_scale=True, disable=not progress, desc=f"{method} {sparsity:g}") as bar:
         return fit_source(source.on(pick_device(device)), config, device, bar.update)
 
@@ -143,7 +145,8 @@ def code_hash() -> str:
     """A hash of what decides a row's numbers: the built-in model and the modules from activations to metrics."""
     digest = hashlib.sha256((subjects.PYGPT / "model.safetensors").read_bytes())
     for name in DECIDING:
-        digest.update((PACKAGE / f"{name}.py").read_bytes())
+        for path in sorted(PACKAGE.glob(f"{name}.[cp]*")):  # .py, and .cpp where a module compiles something
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

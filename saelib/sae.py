@@ -1,6 +1,8 @@
 """The sparse autoencoder: two matrices, two biases and a method."""
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +12,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from saelib import dense, kernels, methods
+from saelib import dense, kernels, methods, native, selection
 from saelib.checks import require
 
 FORMAT = "saelib-1"
@@ -18,11 +20,12 @@ FORMAT = "saelib-1"
 
 class Output(NamedTuple):
     """What one forward pass leaves: on the dense path `latents` are all of them, [batch, n_latents], and `active`
-    is None; on the sparse path `latents` are the values, [batch, k], and `active` places them. `precision` is that of the path."""
+    is None; on the sparse path `latents` are the values, [batch, k], and `active` places them; `largest(m)` gives both for the
+    m largest latents of the same pass."""
     x_hat: Tensor
     latents: Tensor
     active: kernels.Active | None
-    precision: str = "fp32"
+    largest: Callable[[int], tuple[Tensor, kernels.Active]] | None = None
 
     def fired(self) -> Tensor:
         """Which latents were active for any token, [n_latents]."""
@@ -93,7 +96,8 @@ class SAE(nn.Module):
         Args:
             x: activations.
             path: "sparse" never forms the dense latents where the activation function is TopK's; where it is ReLU's it forms
-                them, and multiplies only the active ones once they are few; "dense" is the plain twin, and serves any other.
+                them, and multiplies only the active ones once they are few; "native" is the same with parts that are compiled here for
+                this CPU (see `saelib.native`); "dense" is the plain twin, and serves any other activation function.
             precision: "fp32"; "bf16" selects the latents of TopK in bfloat16, and multiplies matrices in it elsewhere.
                 Weights stay in float32.
             scratch: memory for dense latents, which the next pass that gets it overwrites; fresh memory if None.
@@ -102,13 +106,17 @@ class SAE(nn.Module):
             `Output`: x_hat, and the latents of that path.
         """
         self.check(x)
-        require(path in ("sparse", "dense"), "path", path, "'sparse' or 'dense'")
+        require(path in ("sparse", "native", "dense"), "path", path, "'sparse', 'native' or 'dense'")
+        if path == "native":
+            native.check(x, self.n_latents)
         act = getattr(self.method.forward, "__func__", None)  # a method with an activation function of its own has no kernel
-        if path == "sparse" and act in methods.ON_KERNELS:
-            values, active = kernels.encode(x, self.b_pre, self.W_enc, self.b_enc, self.method.k, precision, self.method.select)
-            return Output(kernels.decode(values, active, self.W_dec).add_(self.b_pre), values, active, precision)
-        if path == "sparse" and act is methods.ReLU.forward:
-            return Output(*dense.relu(x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, precision, scratch), None)
+        if path != "dense" and act in methods.ON_KERNELS:
+            encode = partial(kernels.encode, x, self.b_pre, self.W_enc, self.b_enc, precision=precision,
+                             find=native.largest if path == "native" else selection.largest)
+            values, active = encode(self.method.k, choice=self.method.select)
+            return Output(kernels.decode(values, active, self.W_dec).add_(self.b_pre), values, active, encode)
+        if path != "dense" and act is methods.ReLU.forward:
+            return Output(*dense.relu(x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, precision, scratch, path == "native"), None)
         # autocast's cache is shared between threads, and so between the members of a sweep
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
             latents = self.encode(x)

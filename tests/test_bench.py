@@ -15,7 +15,7 @@ PROMISED = {"table", "setting", "case", "name", "ms", "ratio", "rounds", "differ
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(bench, "FIRST", TINY)
-    monkeypatch.setattr(bench, "WIDE", Setting(16, 160, 2, 32))
+    monkeypatch.setattr(bench, "WIDE", Setting(32, 160, 2, 32))
     monkeypatch.setattr(bench, "AXES", {"n_latents": [160, 320], "k": [2], "batch_size": [32, 64]})
     monkeypatch.setattr(bench, "FIT_STEPS", 12)
     monkeypatch.setattr(bench, "HARVESTED", ("pygpt",))
