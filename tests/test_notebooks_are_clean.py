@@ -23,6 +23,11 @@ def test_outputs_are_those_of_one_run_from_top_to_bottom(path):
 
 
 @every_notebook
+def test_code_cells_are_short(path):
+    assert all(len(cell.source.splitlines()) <= 12 for cell in code_cells_of(path))
+
+
+@every_notebook
 def test_outputs_are_of_todays_code(path):
     notebook = nbformat.read(path, 4)
     assert run_record(notebook) == {"profile": "quick", "code": code_hash(notebook)}, "run `make notebooks`"
