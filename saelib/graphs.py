@@ -17,7 +17,7 @@ RECORDING = threading.Lock()  # members of a sweep share the device
 
 def check(sae) -> None:
     """Raise ValueError unless the training steps of `sae` can be recorded."""
-    require(sae.W_dec.is_cuda, "path", "graph", "'sparse' or 'dense' on a CPU")
+    require(sae.W_dec.is_cuda, "path", "graph", "'sparse', 'native' or 'dense' on a CPU")
     require(not sae.method.waits, "path", "graph", "'sparse' for a method that waits for the device")
 
 

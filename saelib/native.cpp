@@ -20,6 +20,13 @@ constexpr int64_t LOWEST = std::numeric_limits<int32_t>::min();  // a key below 
 constexpr int64_t TOKENS = 256, LATENTS = 128;  // rows of results that the second cache holds
 
 template <typename T> T* data(const Tensor& tensor) { return (T*)tensor.data_ptr(); }
+bool is_half(const Tensor& tensor) { return tensor.scalar_type() == at::kBFloat16; }
+
+void expect(const Tensor& tensor, int64_t rows, int64_t columns, at::ScalarType type) {
+  TORCH_CHECK(tensor.device().is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type && tensor.sizes() == at::IntArrayRef({rows, columns}),
+              "a tensor is ", tensor.scalar_type(), tensor.sizes(), ": it must be ", type, " [", rows, ", ", columns, "], contiguous, on the CPU");
+}
+
 inline __mmask16 first(int64_t n) { return n < LANES ? (1u << n) - 1 : 0xFFFF; }
 const Words counting = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
 inline Words words(const void* p) { return _mm512_loadu_si512(p); }
@@ -38,7 +45,7 @@ inline Words in_order(Words bits) {
 inline Words float_bits(const float* p, __mmask16 lanes) { return _mm512_maskz_loadu_epi32(lanes, p); }
 inline Words float_bits(const Half* p, __mmask16 lanes) { return _mm512_slli_epi32(widen(p, lanes), 16); }
 
-// The k-th largest differs little from token to token: what is above the last one, less a gap, is few numbers more than k.
+// The k-th largest differs little from token to token: what is above the last one, less a gap, is seldom more than 2 k numbers.
 template <typename Element>
 void largest(const Element* values, int64_t rows, int64_t n, int64_t k, Element* found, int32_t* places) {
   at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
@@ -62,7 +69,7 @@ void largest(const Element* values, int64_t rows, int64_t n, int64_t k, Element*
         if (count >= k) break;
       }
       if (count > 2 * k) gap = std::max<int64_t>(gap / 2, 1);
-      for (int64_t i = 0; i < count; i++) kept[i] = (int64_t)keys[i] << 32 | at[i];
+      for (int64_t i = 0; i < count; i++) kept[i] = keys[i] * (1LL << 32) | at[i];
       std::nth_element(kept.begin(), kept.begin() + k - 1, kept.begin() + count, std::greater<int64_t>());
       for (int64_t i = 0; i < k; i++) places[row * k + i] = (int32_t)kept[i], found[row * k + i] = from[places[row * k + i]];
       least = std::max((kept[k - 1] >> 32) - gap, LOWEST);
@@ -221,8 +228,6 @@ void masked_product(const Element* values, const Word* tokens, const Word* rows,
 
 // ---- tensors ----
 
-bool is_half(const Tensor& tensor) { return tensor.scalar_type() == at::kBFloat16; }
-
 // [m, d] floats -> [m / 2, d] words of two rows side by side
 Tensor in_pairs(const Tensor& rows) {
   const int64_t m = rows.size(0), d = rows.size(1);
@@ -237,8 +242,15 @@ Tensor in_pairs(const Tensor& rows) {
   return out;
 }
 
+void expect_sizes(const Tensor& values, int64_t d) {
+  expect(values, values.size(0), values.size(1), is_half(values) ? at::kBFloat16 : at::kFloat);
+  TORCH_CHECK(values.size(1) % TILE == 0 && d % TILE == 0, "latents and dimensions are ", values.size(1), " and ", d, ": they must be multiples of ", TILE);
+}
+
 std::tuple<Tensor, Tensor> largest_of(const Tensor& values, int64_t k) {
   const int64_t rows = values.size(0), n = values.size(1);
+  expect(values, rows, n, is_half(values) ? at::kBFloat16 : at::kFloat);
+  TORCH_CHECK(1 <= k && k <= n, "k is ", k, ": it must be from 1 to ", n);
   Tensor found = at::empty({rows, k}, values.options()), places = at::empty({rows, k}, values.options().dtype(at::kInt));
   if (is_half(values)) largest(data<Half>(values), rows, n, k, data<Half>(found), data<int32_t>(places));
   else largest(data<float>(values), rows, n, k, data<float>(found), data<int32_t>(places));
@@ -247,6 +259,8 @@ std::tuple<Tensor, Tensor> largest_of(const Tensor& values, int64_t k) {
 
 Tensor decode_of(const Tensor& values, const Tensor& rows) {
   const int64_t batch = values.size(0), n = values.size(1), d = rows.size(1);
+  expect_sizes(values, d);
+  expect(rows, n, d, at::kFloat);
   Tensor out = at::zeros({batch, d}, rows.options());
   if (is_half(values)) decode<true>(data<Word>(values), data<Word>(in_pairs(rows)), data<float>(out), batch, n / 2, d);
   else decode<false>(data<Word>(values), data<Word>(rows), data<float>(out), batch, n, d);
@@ -255,6 +269,8 @@ Tensor decode_of(const Tensor& values, const Tensor& rows) {
 
 Tensor sum_tokens_of(const Tensor& values, const Tensor& tokens) {
   const int64_t batch = values.size(0), n = values.size(1), d = tokens.size(1);
+  expect_sizes(values, d);
+  expect(tokens, batch, d, at::kFloat);
   Tensor out = at::zeros({n, d}, tokens.options());
   if (is_half(values)) sum_tokens<true>(data<Half>(values), data<Word>(in_pairs(tokens)), data<float>(out), batch, n, d);
   else sum_tokens<false>(data<float>(values), data<Word>(tokens), data<float>(out), batch, n, d);
@@ -263,6 +279,11 @@ Tensor sum_tokens_of(const Tensor& values, const Tensor& tokens) {
 
 void masked_product_of(const Tensor& values, const Tensor& tokens, const Tensor& rows, const Tensor& start, const Tensor& out) {
   const int64_t batch = values.size(0), n = values.size(1), d = rows.size(1);
+  expect_sizes(values, d);
+  expect(tokens, batch, d, values.scalar_type());
+  expect(rows, n, d, values.scalar_type());
+  expect(out, batch, n, values.scalar_type());
+  TORCH_CHECK(start.scalar_type() == values.scalar_type() && start.sizes() == values.sizes(), "start must be like the latents");
   if (is_half(values)) masked_product<true>(data<Half>(values), data<Word>(tokens), data<Word>(rows), start, data<Half>(out), batch, n, d / 2);
   else masked_product<false>(data<float>(values), data<Word>(tokens), data<Word>(rows), start, data<float>(out), batch, n, d);
 }

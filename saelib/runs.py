@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from saelib import metrics, sources, subjects
+from saelib import metrics, native, sources, subjects
 from saelib.sae import SAE, geometric_median
 from saelib.train import paper_lr, train
 
@@ -145,8 +145,8 @@ def code_hash() -> str:
     """A hash of what decides a row's numbers: the built-in model and the modules from activations to metrics."""
     digest = hashlib.sha256((subjects.PYGPT / "model.safetensors").read_bytes())
     for name in DECIDING:
-        for path in sorted(PACKAGE.glob(f"{name}.[cp]*")):  # .py, and .cpp where a module compiles something
-            digest.update(path.read_bytes())
+        digest.update((PACKAGE / f"{name}.py").read_bytes())
+    digest.update(native.SOURCE.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -20,8 +20,8 @@ FORMAT = "saelib-1"
 
 class Output(NamedTuple):
     """What one forward pass leaves: on the dense path `latents` are all of them, [batch, n_latents], and `active`
-    is None; on the sparse path `latents` are the values, [batch, k], and `active` places them; `largest(m)` gives both for the
-    m largest latents of the same pass."""
+    is None; on the sparse path `latents` are the values, [batch, k], and `active` places them, and `largest(m)` computes both anew for
+    the m largest latents of the same tokens on the same path."""
     x_hat: Tensor
     latents: Tensor
     active: kernels.Active | None
@@ -108,7 +108,7 @@ class SAE(nn.Module):
         self.check(x)
         require(path in ("sparse", "native", "dense"), "path", path, "'sparse', 'native' or 'dense'")
         if path == "native":
-            native.check(x, self.n_latents)
+            native.check(x, self.W_enc)
         act = getattr(self.method.forward, "__func__", None)  # a method with an activation function of its own has no kernel
         if path != "dense" and act in methods.ON_KERNELS:
             encode = partial(kernels.encode, x, self.b_pre, self.W_enc, self.b_enc, precision=precision,

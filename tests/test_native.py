@@ -1,20 +1,36 @@
 """The compiled parts against the stock ones and the dense twin. They are skipped, with the reason, where they can't be compiled."""
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from saelib import contestants, dense, native
 from tests.test_kernels import make, through
 
-try:
-    native.compiled()
-except ValueError as error:
-    pytest.skip(str(error), allow_module_level=True)
+if not native.available():
+    pytest.skip(f"native.cpp can't be compiled here: {native.build()}", allow_module_level=True)
 
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def without_bf16():
+    """The operators as compiled for a CPU that does not multiply in bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", lambda: {})
+        return native.build.__wrapped__()
+
+
+@pytest.fixture(params=["this CPU", "no bfloat16"])
+def on_both(request, monkeypatch):
+    if request.param == "no bfloat16":
+        other = request.getfixturevalue("without_bf16")
+        assert other is not native.build()
+        monkeypatch.setattr(native, "build", lambda: other)
 
 
 def check_largest(values, k):
@@ -42,10 +58,11 @@ def test_a_row_may_be_nothing_like_the_row_before(dtype):
 
 
 @TYPES
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("sign", [0, -1])
 def test_what_is_not_a_number_is_above_all(dtype, sign):
     values = random(3, 600).to(dtype)
-    values[:, 77] = torch.tensor(float("nan")).copysign(torch.tensor(float(sign)))
+    bits = values.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    bits[:, 77] = torch.tensor(float("nan"), dtype=dtype).view(bits.dtype) | (sign * 2 ** (8 * bits.itemsize - 1))
     values[:, 5] = torch.inf
     found, places = native.largest(values, 2)
     assert torch.equal(places.sort(1).values, torch.tensor([[5, 77]] * 3, dtype=torch.int32)) and found.isnan().any(1).all()
@@ -58,7 +75,7 @@ def test_rows_in_parts_of_a_larger_matrix_are_read_where_they_are():
 @TYPES
 @pytest.mark.parametrize("batch, n, d", [(1, 32, 32), (33, 96, 96), (70, 160, 384), (301, 64, 800)])
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.03, 0.0])
-def test_the_products_are_those_of_the_dense_matrix(dtype, batch, n, d, share):
+def test_the_products_are_those_of_the_dense_matrix(on_both, dtype, batch, n, d, share):
     latents = torch.where(torch.rand(batch, n, generator=torch.Generator().manual_seed(1)) < share, random(batch, n).abs() + 0.1, 0).to(dtype)
     tokens, rows, exact = random(batch, d, seed=2), random(n, d, seed=3), latents.float()
     cast_tokens, cast_rows = tokens.to(dtype), rows.to(dtype)
@@ -107,30 +124,49 @@ def test_training_takes_the_same_steps_as_on_the_stock_path(case):
         torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-5)
 
 
-def test_the_same_step_twice_gives_the_same_bits():
-    latents, rows, tokens = torch.relu(random(200, 96)), random(96, 64, seed=1), random(200, 64, seed=2)
-    for product in (lambda: native.decode(latents, rows), lambda: native.sum_tokens(latents, tokens)):
-        assert torch.equal(product(), product())
-
-
-@pytest.mark.parametrize("d, n, dtype, rule", [(50, 64, torch.float32, "d_model is 50: it must be a multiple of 32"),
-                                               (64, 50, torch.float32, "n_latents is 50: it must be a multiple of 32"),
-                                               (64, 64, torch.float64, "path is 'native': it must be 'sparse' for torch.float64 on cpu")])
-def test_what_the_compiled_code_does_not_take_is_said(d, n, dtype, rule):
-    with pytest.raises(ValueError, match=rule):
-        make(d, n, 2).to(dtype).run(torch.zeros(3, d, dtype=dtype), "native")
-
-
-@pytest.mark.parametrize("cpu, fails, rule", [("AVX2", None, "the CPU lacks AVX-512"), ("AVX512", "Ninja is required", "Ninja is required")])
-def test_a_machine_that_can_not_compile_is_told_so_and_nothing_else_is_used(monkeypatch, cpu, fails, rule):
-    def load(*args, **kwargs):
-        raise RuntimeError(fails)
-
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
-    monkeypatch.setattr("torch.utils.cpp_extension.load", load)
-    native.compiled.cache_clear()
+def test_threads_share_the_work_and_change_no_bit():
+    latents, rows, tokens = torch.relu(random(500, 96)), random(96, 64, seed=1), random(500, 64, seed=2)
+    works = [lambda: native.decode(latents, rows), lambda: native.sum_tokens(latents, tokens), lambda: native.largest(latents, 9)[0].sort(1).values]
+    before, alone = torch.get_num_threads(), [work() for work in works]
     try:
-        with pytest.raises(ValueError, match=f"path is 'native': it must be 'sparse' where it can't be compiled.*{rule}"):
-            make(32, 32, 2).run(torch.zeros(3, 32), "native")
+        torch.set_num_threads(3)
+        assert all(torch.equal(work(), one) for work, one in zip(works, alone))
     finally:
-        native.compiled.cache_clear()
+        torch.set_num_threads(before)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(found, alone[i % 3]) for i, found in enumerate(pool.map(lambda i: works[i % 3](), range(24))))
+
+
+@pytest.mark.parametrize("method, share, used", [("topk", None, {"largest"}), ("multi_topk", None, {"largest"}), ("relu", 0.5, {"decode", "sum_tokens"}),
+                                                 ("relu", 0.1, {"decode", "sum_tokens", "masked_product"}), ("relu", 0.005, set())])
+def test_the_path_takes_the_compiled_code_where_it_says_so(monkeypatch, method, share, used):
+    sae, x, calls = make(64, 512, 8 if method != "relu" else 0.1, method=method), random(100, 64, seed=1), []
+    if share:
+        with torch.no_grad():
+            sae.b_enc -= sae.pre_acts(x).flatten().quantile(1 - share)
+    for name in ("largest", "decode", "sum_tokens", "masked_product"):
+        monkeypatch.setattr(native, name, lambda *args, name=name, real=getattr(native, name): (calls.append(name), real(*args))[1])
+    out = sae.run(x, "native")
+    sum(sae.method.penalty(sae, x, out).values(), out.x_hat.square().sum()).backward()
+    assert set(calls) == used and calls.count("largest") == {"topk": 1, "multi_topk": 2, "relu": 0}[method]
+
+
+def test_tensors_that_lie_otherwise_in_memory_give_the_same():
+    sae, x = make(32, 64, 0.1, method="relu"), random(32, 70, seed=1).t().requires_grad_()
+    for ours, twin in zip(through(sae, x, "native"), through(sae, x, "dense")):
+        torch.testing.assert_close(ours, twin, rtol=1e-4, atol=2e-4)
+
+
+def test_the_operators_refuse_what_they_would_misread():
+    latents, rows = torch.relu(random(10, 64)), random(64, 32)
+    raw = native.compiled()
+    for call in (lambda: raw.decode(latents, rows.double()), lambda: raw.decode(latents, rows[:32]), lambda: raw.decode(latents, rows.t()),
+                 lambda: raw.sum_tokens(latents, random(9, 32)), lambda: raw.decode(random(10, 40), random(40, 32)),
+                 lambda: raw.largest(latents.half(), 3), lambda: raw.largest(latents, 65), lambda: raw.largest(latents.t(), 3)):
+        with pytest.raises(RuntimeError, match="must be"):
+            call()
+    for k in (0, 65):
+        with pytest.raises(ValueError, match=f"k is {k}: it must be from 1 to 64"):
+            native.largest(latents, k)
+
+

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 import saelib
+from saelib import native
 from saelib.sae import SAE, geometric_median
 
 
@@ -63,3 +64,33 @@ def test_a_wrong_shape_is_named_with_the_rule():
 def test_the_geometric_median_resists_an_outlier_that_moves_the_mean():
     x = torch.cat([torch.randn(99, 3) * 0.01, torch.full((1, 3), 1000.0)])
     assert geometric_median(x).norm() < 0.1 < x.mean(0).norm()
+
+
+@pytest.mark.parametrize("d, n, dtype, rule", [(50, 64, torch.float32, "d_model is 50: it must be a multiple of 32"),
+                                               (64, 50, torch.float32, "n_latents is 50: it must be a multiple of 32"),
+                                               (64, 64, torch.float64, "x.dtype is torch.float64: it must be torch.float32, on the CPU")])
+def test_what_the_compiled_code_does_not_take_is_said(monkeypatch, d, n, dtype, rule):
+    monkeypatch.setattr(native, "compiled", lambda: None)
+    with pytest.raises(ValueError, match=rule):
+        SAE(d, n, "relu", 0.1).to(dtype).run(torch.zeros(3, d, dtype=dtype), "native")
+
+
+@pytest.mark.parametrize("cpu, fails, rule", [("AVX2", None, "the CPU lacks AVX-512"), ("AVX512", "Ninja is required", "Ninja is required"),
+                                              ("AVX512", "Error building\ng++ ...\nnative.cpp:1: error: no such type", "native.cpp:1: error: no such type")])
+def test_a_machine_that_can_not_compile_is_told_so_each_time_and_nothing_else_is_used(monkeypatch, cpu, fails, rule):
+    asked = []
+
+    def load(*args, **kwargs):
+        asked.append(args)
+        raise RuntimeError(fails)
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    monkeypatch.setattr("torch.utils.cpp_extension.load", load)
+    native.build.cache_clear()
+    try:
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"path is 'native': it must be 'sparse' where it can't be compiled: {rule}"):
+                SAE(32, 32, "topk", 2).run(torch.zeros(3, 32), "native")
+        assert not native.available() and len(asked) == (cpu == "AVX512")
+    finally:
+        native.build.cache_clear()
