@@ -105,7 +105,7 @@ class ActiveOnGPU(Active):
 
 @torch.no_grad()
 def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_enc: Float[Tensor, " n_latents"], k: int,
-           precision: str = "fp32", find: Callable[[Tensor, int], tuple[Tensor, Tensor]] = largest) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+           precision: str = "fp32", find: Callable = largest) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """The k largest pre-activations of each token, in no particular order.
 
     With precision "bf16" the product W_enc x is computed in bfloat16 only to name k + 25 % candidates; their
@@ -190,8 +190,7 @@ class _Decode(torch.autograd.Function):
 
 def encode(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[Tensor, "n_latents d"],
            b_enc: Float[Tensor, " n_latents"], k: int, precision: str = "fp32",
-           choice: Callable[[int, Callable[[int], tuple[Tensor, Tensor]]], tuple[Tensor, Tensor]] = lambda k, best: best(k),
-           find: Callable[[Tensor, int], tuple[Tensor, Tensor]] = largest) -> tuple[Float[Tensor, "batch width"], Active]:
+           choice: Callable | None = None, find: Callable = largest) -> tuple[Float[Tensor, "batch width"], Active]:
     """TopK latents, as their values and their places. Differentiable in all four tensors.
 
     z = TopK(ReLU(W_enc (x - b_pre) + b_enc))
@@ -206,8 +205,9 @@ def encode(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float
         b_enc: encoder bias.
         k: how many latents to keep for each token.
         precision: "fp32", or "bf16" to select in bfloat16 (see `select`).
-        choice: what chooses them, given k and `best`, which returns the m largest pre-activations and their latents for any m. It may
-            keep another number of latents, the same for all tokens, and gives a latent that it leaves out the value 0.
+        choice: what chooses them, if not the k largest: it is given k and `best`, which returns the m largest pre-activations and
+            their latents for any m. It may keep another number of latents, the same for all tokens, and gives a latent that
+            it leaves out the value 0.
         find: what finds the largest of each row (see `select`).
 
     Returns:
@@ -216,7 +216,10 @@ def encode(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float
     Paper: §2.3, Eq. (3)
     """
     def choose_of(centred):
-        return choice(k, lambda m: select(centred, W_enc, b_enc, m, precision, find))
+        def best(m):
+            return select(centred, W_enc, b_enc, m, precision, find)
+
+        return choice(k, best) if choice else best(k)
 
     values, _, active = _Encode.apply(x, b_pre, W_enc, b_enc, choose_of)
     return values, active

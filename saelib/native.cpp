@@ -1,8 +1,10 @@
 // What `saelib.native` compiles, for CPUs with AVX-512. A word is 32 bits: a float, or two neighbours in bfloat16, which one
 // instruction multiplies and adds. So both types share all code but `multiply_add` and what packs words.
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <immintrin.h>
-#include <torch/extension.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <algorithm>
 #include <limits>
