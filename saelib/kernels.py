@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelib.selection import largest
@@ -24,8 +24,13 @@ with warnings.catch_warnings():  # torch says once that its CSR tensors are in b
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether the kernels in Triton take `x`: they are for float32 on a CUDA device."""
-    return x.is_cuda and x.dtype == torch.float32
+    """Whether the kernels in Triton take `x`: they are for float32 and bfloat16 on a CUDA device."""
+    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16)
+
+
+def operand_dtype(x: Tensor, precision: str) -> torch.dtype:
+    """What the sparse products get: on a GPU "bf16" takes all of them in bfloat16 and adds up in float32; a CPU would gain nothing."""
+    return torch.bfloat16 if precision == "bf16" and on_gpu(x) else x.dtype
 
 
 class Active:
@@ -54,9 +59,11 @@ class Active:
         tokens = torch.arange(len(lengths), dtype=flat.dtype, device=flat.device).repeat_interleave(lengths, output_size=len(flat))
         return order, tokens[order], starts
 
-    def decode(self, values: Float[Tensor, "*pairs"], rows: Float[Tensor, "n_latents d"]) -> Float[Tensor, "batch d"]:
-        """out_b = Σ_j values_bj rows[indices_bj]: the sparse matrix times `rows`."""
-        return bags(rows, self.indices.reshape(-1), self.starts, values.reshape(-1))
+    def decode(self, values: Float[Tensor, "*pairs"], rows: Float[Tensor, "n_latents d"], bias: Float[Tensor, " d"] | None = None,
+               ) -> Float[Tensor, "batch d"]:
+        """out_b = Σ_j values_bj rows[indices_bj] + bias: the sparse matrix times `rows`."""
+        out = bags(rows, self.indices.reshape(-1), self.starts, values.reshape(-1))
+        return out if bias is None else out.add_(bias)
 
     def sum_tokens(self, values: Float[Tensor, "*pairs"], tokens: Float[Tensor, "batch d"]) -> Float[Tensor, "n_latents d"]:
         """out_i = Σ_b values_bi tokens_b: the transposed sparse matrix times `tokens`."""
@@ -73,6 +80,14 @@ class Active:
         """out_i = Σ_b values_bi."""
         return values.new_zeros(self.n_latents).index_add_(0, self.indices.reshape(-1), values.reshape(-1))
 
+    def sum_pairs(self, values: Float[Tensor, "*pairs"], tokens: Float[Tensor, "batch d"]) -> tuple[Tensor, Tensor]:
+        """`sum_tokens` and `sum_latents` of the same values: the gradients of a weight and of its bias."""
+        return self.sum_tokens(values, tokens), self.sum_latents(values)
+
+    def fired(self, values: Float[Tensor, "*pairs"]) -> Bool[Tensor, " n_latents"]:
+        """Which latents have a positive value for any token."""
+        return self.sum_latents(values) > 0
+
 
 def bags(rows: Tensor, indices: Tensor, starts: Tensor, weights: Tensor) -> Tensor:
     """out_b = Σ_j weights_j rows[indices_j], j from starts_b to starts_b+1."""
@@ -83,24 +98,31 @@ class ActiveOnGPU(Active):
     """The same, with the kernels of the GPU: deterministic, and without waiting for the device."""
 
     @cached_property
-    def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
+    def by_latent(self) -> tuple[Tensor, ...]:
         from saelib import triton_kernels
         return triton_kernels.group_by_latent(self.indices, self.n_latents)
 
-    def decode(self, values, rows):
+    def decode(self, values, rows, bias=None):
         from saelib import triton_kernels
-        return triton_kernels.decode(values, self.indices, rows)
+        return triton_kernels.decode(values, self.indices, rows, bias)
+
+    def sum_pairs(self, values, tokens):
+        from saelib import triton_kernels
+        return triton_kernels.sum_pairs(*self.by_latent, values, tokens, self.n_latents)
 
     def sum_tokens(self, values, tokens):
-        from saelib import triton_kernels
-        return triton_kernels.sum_tokens(*self.by_latent, values, tokens, self.n_latents)
+        return self.sum_pairs(values, tokens)[0]
 
     def dot(self, tokens, rows):
         from saelib import triton_kernels
         return triton_kernels.dot(tokens, self.indices, rows)
 
     def sum_latents(self, values):
-        return self.sum_tokens(values, values.new_ones(len(values), 1)).squeeze(1)
+        return self.sum_pairs(values, values.new_ones(len(values), 1))[1]
+
+    def fired(self, values):
+        from saelib import triton_kernels
+        return triton_kernels.fired(values, self.indices, self.n_latents)
 
 
 @torch.no_grad()
@@ -109,7 +131,7 @@ def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_e
     """The k largest pre-activations of each token, in no particular order.
 
     With precision "bf16" the product W_enc x is computed in bfloat16 only to name k + 25 % candidates; their
-    values are then computed in full precision, and the k largest of those are returned.
+    values are then computed in full precision, and the k largest of those are returned. On a GPU the type of x decides: see `encode`.
 
     Args:
         x: centred activations, x - b_pre.
@@ -126,7 +148,7 @@ def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_e
     """
     if on_gpu(x):
         from saelib import triton_select
-        return triton_select.select(x, W_enc, b_enc, k, precision, MARGIN)
+        return triton_select.select(x, W_enc, b_enc, k)
     if precision == "fp32":
         return choose(x, W_enc, b_enc, k, x.dtype, find)
     n_kept = min(len(W_enc), k + max(4, round(k * MARGIN)))
@@ -150,11 +172,12 @@ def choose(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype, 
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, b_pre, W_enc, b_enc, choice):
-        values, indices = choice(x - b_pre)
+    def forward(ctx, x, b_pre, W_enc, b_enc, choice, precision):
+        centred = torch.sub(x, b_pre, out=torch.empty_like(x, dtype=operand_dtype(x, precision)))
+        values, indices = choice(centred)
         values.relu_()
         ctx.active = (ActiveOnGPU if on_gpu(x) else Active)(indices, len(W_enc))
-        ctx.save_for_backward(x, b_pre, W_enc, values)
+        ctx.save_for_backward(centred, W_enc, values)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         return values, indices, ctx.active
@@ -162,30 +185,31 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_values, *_):
         if grad_values is None:
-            return (None,) * 5
-        x, b_pre, W_enc, values = ctx.saved_tensors
+            return (None,) * 6
+        centred, W_enc, values = ctx.saved_tensors
         grad = grad_values * (values > 0)
-        grad_b_enc = ctx.active.sum_latents(grad)
-        grad_W_enc = ctx.active.sum_tokens(grad, x - b_pre) if ctx.needs_input_grad[2] else None
+        grad_W_enc, grad_b_enc = ctx.active.sum_pairs(grad, centred)
         grad_b_pre = -(grad_b_enc @ W_enc) if ctx.needs_input_grad[1] else None
         grad_x = ctx.active.decode(grad, W_enc) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_b_pre, grad_W_enc, grad_b_enc, None
+        return grad_x, grad_b_pre, grad_W_enc, grad_b_enc, None, None
 
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, W_dec, active):
+    def forward(ctx, values, W_dec, bias, active, precision):
+        rows = W_dec.to(operand_dtype(W_dec, precision))
         ctx.active = active
-        ctx.save_for_backward(values, W_dec)
-        return active.decode(values, W_dec)
+        ctx.save_for_backward(values, rows)
+        return active.decode(values, rows, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        values, W_dec = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_values = ctx.active.dot(grad, W_dec) if ctx.needs_input_grad[0] else None
+        values, rows = ctx.saved_tensors
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        grad = grad.to(rows.dtype).contiguous()
+        grad_values = ctx.active.dot(grad, rows) if ctx.needs_input_grad[0] else None
         grad_W_dec = ctx.active.sum_tokens(values, grad) if ctx.needs_input_grad[1] else None
-        return grad_values, grad_W_dec, None
+        return grad_values, grad_W_dec, grad_bias, None, None
 
 
 def encode(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[Tensor, "n_latents d"],
@@ -204,7 +228,8 @@ def encode(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float
         W_enc: encoder, one row a latent.
         b_enc: encoder bias.
         k: how many latents to keep for each token.
-        precision: "fp32", or "bf16" to select in bfloat16 (see `select`).
+        precision: "fp32", or "bf16" to select in bfloat16 (see `select`). On a GPU "bf16" is what mixed precision is elsewhere: the operands of
+            every product in bfloat16, here and in `decode`, sums and weights in float32.
         choice: what chooses them, if not the k largest: it is given k and `best`, which returns the m largest pre-activations and
             their latents for any m. It may keep another number of latents, the same for all tokens, and gives a latent that
             it leaves out the value 0.
@@ -221,21 +246,24 @@ def encode(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float
 
         return choice(k, best) if choice else best(k)
 
-    values, _, active = _Encode.apply(x, b_pre, W_enc, b_enc, choose_of)
+    values, _, active = _Encode.apply(x, b_pre, W_enc, b_enc, choose_of, precision)
     return values, active
 
 
-def decode(values: Float[Tensor, "batch k"], active: Active, W_dec: Float[Tensor, "n_latents d"]) -> Float[Tensor, "batch d"]:
-    """The reconstruction without b_pre: Σ_j values_bj W_dec[indices_bj]. Differentiable in `values` and `W_dec`.
+def decode(values: Float[Tensor, "batch k"], active: Active, W_dec: Float[Tensor, "n_latents d"], b_pre: Float[Tensor, " d"] | None = None,
+           precision: str = "fp32") -> Float[Tensor, "batch d"]:
+    """The reconstruction Σ_j values_bj W_dec[indices_bj] + b_pre. Differentiable in `values`, `W_dec` and `b_pre`.
 
     Args:
         values: the active latents.
         active: their places.
         W_dec: decoder, one row a latent.
+        b_pre: what was subtracted before encoding; None adds nothing.
+        precision: as in `encode`; it makes no difference on a CPU.
 
     Returns:
         [batch, d], in the units of `W_dec` times those of `values`.
 
     Paper: §2.2, Eq. (1)
     """
-    return _Decode.apply(values, W_dec, active)
+    return _Decode.apply(values, W_dec, b_pre, active, precision)

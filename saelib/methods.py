@@ -106,7 +106,7 @@ class MultiTopK(TopK):
         if out.active is None:
             x_hat = sae.decode(keep_largest(sae.pre_acts(x), wide))
         else:
-            x_hat = kernels.decode(*out.largest(wide), sae.W_dec) + sae.b_pre
+            x_hat = kernels.decode(*out.largest(wide), sae.W_dec, sae.b_pre)
         return {"multi_topk": losses.squared_error(x, x_hat) / 8}
 
 

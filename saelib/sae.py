@@ -29,7 +29,7 @@ class Output(NamedTuple):
 
     def fired(self) -> Tensor:
         """Which latents were active for any token, [n_latents]."""
-        return (self.latents.amax(0) if self.active is None else self.active.sum_latents(self.latents)) > 0
+        return self.latents.amax(0) > 0 if self.active is None else self.active.fired(self.latents)
 
     def l0(self) -> Tensor:
         """How many latents were active for a token, on average."""
@@ -114,7 +114,7 @@ class SAE(nn.Module):
             encode = partial(kernels.encode, x, self.b_pre, self.W_enc, self.b_enc, precision=precision,
                              find=native.largest if path == "native" else selection.largest)
             values, active = encode(self.method.k, choice=self.method.select)
-            return Output(kernels.decode(values, active, self.W_dec).add_(self.b_pre), values, active, encode)
+            return Output(kernels.decode(values, active, self.W_dec, self.b_pre, precision), values, active, encode)
         if path != "dense" and act is methods.ReLU.forward:
             return Output(*dense.relu(x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, precision, scratch, path == "native"), None)
         # autocast's cache is shared between threads, and so between the members of a sweep

@@ -17,6 +17,9 @@ def largest(values: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "row
     way, until a row is short. Groups are strided, so that their maxima are taken of whole vectors at once; their size
     is the one that leaves the least to look through.
     """
+    if values.is_cuda:
+        from saelib import triton_select
+        return triton_select.largest(values, k)
     rows, n = values.shape
     size = min((size for size in SIZES if n % size == 0 and k * size <= n), key=lambda size: n / size + (size > 1) * k * size)
     if n <= LEAF or size == 1:
@@ -34,7 +37,7 @@ def topk(values: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k
     In bfloat16 a value and its place fit into one whole number of 32 bits, and numpy partitions rows of such numbers
     faster than torch does rows of pairs. What is not a number comes back as infinite.
     """
-    if values.is_cuda or values.dtype != torch.bfloat16 or values.shape[1] > 2**16:
+    if values.dtype != torch.bfloat16 or values.shape[1] > 2**16:
         return values.topk(k, dim=1, sorted=False)
     keys = in_order(values.nan_to_num(math.inf, math.inf, -math.inf).view(torch.int16)).int()
     keys.bitwise_left_shift_(16).bitwise_or_(torch.arange(values.shape[1], dtype=torch.int32))

@@ -90,7 +90,7 @@ class Loop:
 
     def update(self) -> None:
         """From gradients to weights: tangent to the decoder's rows, clipped, Adam, unit rows. On a GPU this is one pass
-        over the decoder, and not seven."""
+        over a matrix, and not seven."""
         if kernels.on_gpu(self.sae.W_dec):
             self.update_in_one_pass()
             return
@@ -104,17 +104,17 @@ class Loop:
     @torch.no_grad()
     def update_in_one_pass(self) -> None:
         from saelib import triton_kernels
-        rows, grad, lr = self.sae.W_dec, self.sae.W_dec.grad, self.adam.param_groups[0]["lr"]
-        others = [p.grad for p in self.sae.parameters() if p is not rows]
-        square = triton_kernels.tangent_square(grad, rows) + sum(g.square().sum() for g in others)
+        tensors = []
+        for p in self.sae.parameters():
+            state = self.adam.state[p]  # Adam's own place for them, so that checkpoints hold them
+            tensors.append([triton_kernels.in_rows(t) for t in (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])] + [p is self.sae.W_dec])
+        square = sum(triton_kernels.square_norm(grad, rows, unit) for rows, grad, _, _, unit in tensors)
         clip = (1 / (square.sqrt() + 1e-6)).clamp(max=1)
-        torch._foreach_mul_(others, clip)
-        rows.grad = None  # Adam passes it over
-        self.adam.step()
-        state = self.adam.state[rows]  # Adam's own place for it, so that checkpoints hold it
-        state["step"] += 1
-        triton_kernels.adam_unit_rows(rows, grad, state["exp_avg"], state["exp_avg_sq"], clip.view(1), lr=lr, beta1=BETAS[0],
-                                      beta2=BETAS[1], eps=EPS, step=state["step"])
+        steps = [state["step"] for state in self.adam.state.values()]
+        torch._foreach_add_(steps, 1)
+        factors = triton_kernels.adam_factors(self.adam.param_groups[0]["lr"], steps[0], *BETAS)
+        for *there, unit in tensors:
+            triton_kernels.adam_rows(*there, clip, factors, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, unit=unit)
 
     def forward(self, x: Tensor, path: str, precision: str) -> tuple[Output, dict[str, Tensor]]:
         """The first half of a step: the output and the terms of the loss."""

@@ -3,6 +3,7 @@
 Import this only where there is a GPU, or with TRITON_INTERPRET=1 set before. Bytes and operations as in
 `saelib.triton_kernels`; s is the bytes of a score.
 """
+from functools import cache
 from typing import no_type_check
 
 import torch
@@ -13,51 +14,61 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from saelib.checks import require
-from saelib.triton_kernels import INTERPRETED, block, dot
+from saelib.triton_kernels import INTERPRETED
 
 GROUP = 32  # latents whose maximum stands for them: one 64-byte piece of a bf16 row
+CELLS_A_WARP = 1024  # numbers of a row that the registers of one warp hold
 SCORES_AT_ONCE = 2**31  # bounds the buffer of pre-activations, by working through the tokens in parts
-GEMM = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}  # bf16, tensor cores
-GEMM_FP32 = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
-GEMM_INTERPRETED = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16}
+GEMM = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3, "A_CORE": 1}  # bf16
+GEMM_FP32 = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3, "A_CORE": 1}
+GEMM_INTERPRETED = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16, "A_CORE": 1}
+
+
+@cache
+def n_cores(device: torch.device) -> int:
+    """Multiprocessors; in the interpreter few, so that loops go round."""
+    return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit
 @no_type_check
 def _scores(x, weight, bias, scores, maxima, batch, n, d, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
             BLOCK_K: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr):
-    """One tile of x weight^T + bias, and the maximum of each group of its columns."""
+    """Tiles of x weight^T + bias, and the maximum of each group of their columns. A program goes on from tile to tile, so that what a
+    tile leaves is written while the next one is read."""
     n_down, n_across = tl.cdiv(batch, BLOCK_M), tl.cdiv(n, BLOCK_N)
-    tile, band = tl.program_id(0), 8 * n_across  # bands of 8 tiles: neighbours in time share rows of both inputs in the L2
-    n_rows = min(n_down - tile // band * 8, 8)
-    first_row = (tile // band * 8 + tile % band % n_rows) * BLOCK_M
-    first_column = (tile % band // n_rows) * BLOCK_N
-    row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, d, BLOCK_K):
-        if TMA:
-            left, right = x.load([first_row, start]), weight.load([first_column, start])
-        else:
-            inner = start + tl.arange(0, BLOCK_K)
-            left = tl.load(x + row[:, None].to(tl.int64) * d + inner[None, :], mask=(row < batch)[:, None] & (inner < d)[None, :], other=0.0)
-            right = tl.load(weight + column[:, None].to(tl.int64) * d + inner[None, :],
-                            mask=(column < n)[:, None] & (inner < d)[None, :], other=0.0)
-        if UPCAST:  # the interpreter multiplies the bits of bfloat16, not its values
-            left, right = left.to(tl.float32), right.to(tl.float32)
-        total = tl.dot(left, right.T, total, input_precision="ieee")
-    total += tl.load(bias + column, mask=column < n, other=0.0)[None, :]
-    place = row[:, None].to(tl.int64) * n + column[None, :]
-    tl.store(scores + place, total.to(scores.dtype.element_ty), mask=(row < batch)[:, None] & (column < n)[None, :])
-    total = tl.where((column < n)[None, :], total, float("-inf"))
-    highest = tl.max(tl.reshape(total, (BLOCK_M, BLOCK_N // GROUP, GROUP)), 2)
-    n_groups, group = tl.cdiv(n, GROUP), first_column // GROUP + tl.arange(0, BLOCK_N // GROUP)
-    tl.store(maxima + row[:, None].to(tl.int64) * n_groups + group[None, :], highest.to(maxima.dtype.element_ty),
-             mask=(row < batch)[:, None] & (group < n_groups)[None, :])
+    band = 8 * n_across  # of 8 tiles down: neighbours in time share rows of both inputs in the L2
+    for tile in tl.range(tl.program_id(0), n_down * n_across, tl.num_programs(0), flatten=TMA):
+        n_rows = min(n_down - tile // band * 8, 8)
+        first_row = (tile // band * 8 + tile % band % n_rows) * BLOCK_M
+        first_column = (tile % band // n_rows) * BLOCK_N
+        row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
+        total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, d, BLOCK_K):
+            if TMA:
+                left, right = x.load([first_row, start]), weight.load([first_column, start])
+            else:
+                inner = start + tl.arange(0, BLOCK_K)
+                left = tl.load(x + row[:, None].to(tl.int64) * d + inner[None, :], mask=(row < batch)[:, None] & (inner < d)[None, :], other=0.0)
+                right = tl.load(weight + column[:, None].to(tl.int64) * d + inner[None, :],
+                                mask=(column < n)[:, None] & (inner < d)[None, :], other=0.0)
+            if UPCAST:  # the interpreter multiplies the bits of bfloat16, not its values
+                left, right = left.to(tl.float32), right.to(tl.float32)
+            total = tl.dot(left, right.T, total, input_precision="tf32x3")
+        total += tl.load(bias + column, mask=column < n, other=0.0)[None, :]
+        place = row[:, None].to(tl.int64) * n + column[None, :]
+        tl.store(scores + place, total.to(scores.dtype.element_ty), mask=(row < batch)[:, None] & (column < n)[None, :])
+        total = tl.where((column < n)[None, :], total, float("-inf"))
+        highest = tl.max(tl.reshape(total, (BLOCK_M, BLOCK_N // GROUP, GROUP)), 2)
+        n_groups, group = tl.cdiv(n, GROUP), first_column // GROUP + tl.arange(0, BLOCK_N // GROUP)
+        tl.store(maxima + row[:, None].to(tl.int64) * n_groups + group[None, :], highest.to(maxima.dtype.element_ty),
+                 mask=(row < batch)[:, None] & (group < n_groups)[None, :])
 
 
 def scores(x: Float[Tensor, "batch d"], weight: Float[Tensor, "n d"], bias: Float[Tensor, " n"], tma: bool | None = None,
            **config) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n_groups"]]:
-    """x weight^T + bias in the type of x, summed in fp32, and the maximum of each `GROUP` columns of it.
+    """x weight^T + bias in the type of x, summed in fp32, and the maximum of each `GROUP` columns of it. A float32 product is made of three
+    on the tensor cores (TF32 of the leading digits and of what they leave), which keeps its precision.
 
     `tma` reads the inputs through tensor descriptors (rows must be whole 16 bytes); None: where that can be done in bf16.
     Bytes: s (B d + n d + B n + B n / GROUP). Operations: 2 B n d.
@@ -73,88 +84,69 @@ def scores(x: Float[Tensor, "batch d"], weight: Float[Tensor, "n d"], bias: Floa
     if tma:
         x = TensorDescriptor.from_tensor(x, [config["BLOCK_M"], config["BLOCK_K"]])
         weight = TensorDescriptor.from_tensor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
-    grid = (triton.cdiv(batch, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"]),)
-    _scores[grid](x, weight, bias, out, maxima, batch, n, d, GROUP, TMA=tma, UPCAST=INTERPRETED, **config)
+    n_tiles = triton.cdiv(batch, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
+    _scores[(min(n_tiles, n_cores(bias.device) * config.pop("A_CORE")),)](x, weight, bias, out, maxima, batch, n, d, GROUP, TMA=tma, UPCAST=INTERPRETED, **config)
     return out, maxima
 
 
 @triton.jit
 @no_type_check
-def _cells(values, groups, cell, width, n, GROUP: tl.constexpr, BITS: tl.constexpr):
-    """Where in the row each cell lies, its value, an integer that orders as the value does, and whether there is one."""
+def _largest(values, groups, out_values, out_places, width, n, k, GROUP: tl.constexpr, BITS: tl.constexpr, SIZE: tl.constexpr):
+    """The k largest of one row, which stays in registers: the k-th largest key, bit by bit from counts; then all above it, and ties until k are full."""
+    row, cell = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
+    values, groups, out_values, out_places = values + row * n, groups + row * (width // GROUP), out_values + row * k, out_places + row * k
     place = cell if GROUP == 1 else tl.load(groups + cell // GROUP, mask=cell < width, other=0) * GROUP + cell % GROUP
     there = (cell < width) & (place < n)
     value = tl.load(values + place, mask=there, other=0.0).to(tl.float32)
     bits = value.to(tl.int32, bitcast=True)
-    return place, value, (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> (32 - BITS), there
-
-
-@triton.jit
-@no_type_check
-def _largest(values, groups, out_values, out_places, width, n, k, GROUP: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The k largest of one row: the k-th largest key, bit by bit from counts; then all above it, and ties until k are full."""
-    row = tl.program_id(0).to(tl.int64)
-    values, groups, out_values, out_places = values + row * n, groups + row * (width // GROUP), out_values + row * k, out_places + row * k
+    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> (32 - BITS)  # orders as the value does
     least, n_above, one = tl.full((), -(1 << (BITS - 1)), tl.int32), tl.full((), 0, tl.int32), tl.full((), 1, tl.int32)
     for step in range(BITS):
         trial = tl.where(step == 0, 0, least | (one << (BITS - 1 - step)))
-        count = tl.full((), 0, tl.int32)
-        for start in range(0, width, BLOCK):
-            place, value, key, there = _cells(values, groups, start + tl.arange(0, BLOCK), width, n, GROUP, BITS)
-            count += tl.sum((there & (key >= trial)).to(tl.int32), 0)
+        count = tl.sum((there & (key >= trial)).to(tl.int32), 0)
         least = tl.where(count >= k, trial, least)
         n_above = tl.where(count >= k, n_above, count)  # the last trial that failed is least + 1
-    done, n_equal = tl.full((), 0, tl.int32), n_above
-    for start in range(0, width, BLOCK):
-        place, value, key, there = _cells(values, groups, start + tl.arange(0, BLOCK), width, n, GROUP, BITS)
-        above, equal = (there & (key > least)).to(tl.int32), (there & (key == least)).to(tl.int32)
-        slot = tl.where(above > 0, done + tl.cumsum(above, 0), n_equal + tl.cumsum(equal, 0)) - 1
-        keep = (above > 0) | ((equal > 0) & (slot < k))
-        tl.store(out_values + slot, value, mask=keep)
-        tl.store(out_places + slot, place, mask=keep)
-        done, n_equal = done + tl.sum(above, 0), n_equal + tl.sum(equal, 0)
+    above, equal = (there & (key > least)).to(tl.int32), (there & (key == least)).to(tl.int32)
+    slot = tl.where(above > 0, tl.cumsum(above, 0), n_above + tl.cumsum(equal, 0)) - 1
+    keep = (above > 0) | ((equal > 0) & (slot < k))
+    tl.store(out_values + slot, value, mask=keep)
+    tl.store(out_places + slot, place, mask=keep)
 
 
 def largest(values: Float[Tensor, "batch n"], k: int, groups: Int[Tensor, "batch n_kept"] | None = None,
-            ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+            **config) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """The k largest values (fp32) of each row and their places (int32), in no particular order; of `groups` of GROUP only, if given.
 
-    Bytes: s B n read once (then from the L1 cache, once for each bit of a value) or s B n_kept GROUP, and 8 B k written.
+    Bytes: s B n read, or s B n_kept GROUP, and 8 B k written.
     """
     batch, n = values.shape
     size, width = 1 if groups is None else GROUP, n if groups is None else groups.shape[1] * GROUP
     require(1 <= k <= min(n, width), "k", k, f"from 1 to {min(n, width)}")
     values, groups = values.contiguous(), values if groups is None else groups.contiguous()
     out = torch.empty(batch, k, device=values.device), torch.empty(batch, k, dtype=torch.int32, device=values.device)
-    _largest[(batch,)](values, groups, *out, width, n, k, size, 16 if values.dtype == torch.bfloat16 else 32, block(width, 2048, 128))
+    cells = max(32, triton.next_power_of_2(width))
+    config = {"num_warps": min(32, max(1, cells // CELLS_A_WARP)), **config}
+    _largest[(batch,)](values, groups, *out, width, n, k, size, 16 if values.dtype == torch.bfloat16 else 32, cells, **config)
     return out
 
 
 @torch.no_grad()
-def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_enc: Float[Tensor, " n_latents"], k: int,
-           precision: str = "fp32", margin: float = 0.25) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_enc: Float[Tensor, " n_latents"],
+           k: int) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """The k largest of W_enc x + b_enc for each token, in no particular order, with their latents. Twin: `kernels.select`.
 
     The product writes every pre-activation once, and the maximum of each group of them. At least k values reach the k-th
-    largest maximum, so the k largest lie in the k groups with the largest maxima, and only those are read back. With
-    "bf16" so are k (1 + margin) candidates found (4 more than k at least), and the best k by their fp32 values kept.
+    largest maximum, so the k largest lie in the k groups with the largest maxima, and only those are read back. The weights are
+    multiplied in the type of x. Where that is bfloat16, pre-activations are summed in float32 and then rounded to 8 bits.
 
-    Bytes: those of `scores`, then s B (n / GROUP + k GROUP), and in bf16 4 B k d again for the fp32 values. Operations: 2 B n d.
+    Bytes: those of `scores`, then s B (n / GROUP + k GROUP). Operations: 2 B n d.
     Paper: §2.3, Eq. (3)
     """
     n = len(W_enc)
     require(1 <= k <= n, "k", k, f"from 1 to n_latents = {n}")
-    require(precision in ("fp32", "bf16"), "precision", precision, "'fp32' or 'bf16'")
-    require(x.dtype == W_enc.dtype == torch.float32, "x.dtype", x.dtype, "float32, as W_enc is")
-    n_kept = k if precision == "fp32" else min(n, k + max(4, round(k * margin)))
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    weight, parts = W_enc.to(dtype), []
-    for part in x.to(dtype).split(max(1, SCORES_AT_ONCE // n)):
+    weight, parts = W_enc.to(x.dtype), []
+    for part in x.split(max(1, SCORES_AT_ONCE // n)):
         pre_acts, maxima = scores(part, weight, b_enc)
-        groups = largest(maxima, min(n_kept, maxima.shape[1]))[1]
-        parts.append(largest(pre_acts, n_kept, groups))
-    values, indices = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts))
-    if precision == "fp32":
-        return values, indices
-    values, best = largest(dot(x, indices, W_enc) + b_enc[indices], k)
-    return values, indices.gather(1, best.long())
+        groups = largest(maxima, min(k, maxima.shape[1]))[1]
+        parts.append(largest(pre_acts, k, groups))
+    return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))

@@ -45,17 +45,18 @@ def check_are_largest(values, indices, pre_acts, k):
     torch.testing.assert_close(values.sort(1).values, pre_acts.topk(k, 1).values.sort(1).values, **EXACT)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch, d, k, n", SHAPES)
-def test_select_finds_the_largest_pre_activations(batch, d, k, n, precision):
-    x, W_enc, b_enc = random(batch, d), random(n, d, seed=1), random(n, seed=2)
-    values, indices = triton_select.select(x, W_enc, b_enc, k, precision)
-    if precision == "fp32":
+def test_select_finds_the_largest_pre_activations(batch, d, k, n, dtype):
+    x, W_enc, b_enc = random(batch, d).to(dtype), random(n, d, seed=1), random(n, seed=2)
+    values, indices = triton_select.select(x, W_enc, b_enc, k)
+    if dtype == torch.float32:
         check_are_largest(values, indices, x @ W_enc.t() + b_enc, k)
         return
-    twin = kernels.select(x, W_enc, b_enc, k, precision)
-    torch.testing.assert_close(values, (x @ W_enc.t() + b_enc).gather(1, indices.long()), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(values.sort(1).values, twin[0].sort(1).values, rtol=1e-4, atol=0.05)
+    exact = x.float() @ W_enc.to(dtype).float().t() + b_enc
+    assert values.dtype == torch.float32 and all(len(set(row)) == k for row in indices.tolist())
+    torch.testing.assert_close(values, exact.gather(1, indices.long()), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(values.sort(1).values, exact.topk(k, 1).values.sort(1).values, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("latents", [[40, 100, 150, 300], [64, 65, 66, 95]])
@@ -68,11 +69,11 @@ def test_select_finds_latents_that_are_alone_in_their_groups_and_latents_that_sh
 
 def test_bf16_selection_agrees_with_the_exact_one_on_nearly_every_latent():
     x, W_enc = random(24, 32), random(256, 32, seed=1)
-    _, indices = triton_select.select(x, W_enc, torch.zeros(256, device=DEVICE), 16, "bf16")
+    _, indices = triton_select.select(x.bfloat16(), W_enc, torch.zeros(256, device=DEVICE), 16)
     pre_acts = x @ W_enc.t()
     chosen = dense(torch.ones(24, 16, device=DEVICE), indices, 256) > 0
     exact = dense(torch.ones(24, 16, device=DEVICE), pre_acts.topk(16, 1).indices, 256) > 0
-    assert chosen.sum() == 24 * 16 and (chosen & exact).sum() / exact.sum() > 0.999
+    assert chosen.sum() == 24 * 16 and (chosen & exact).sum() / exact.sum() > 0.98
 
 
 def test_select_works_through_many_tokens_in_parts(monkeypatch):
@@ -126,13 +127,18 @@ def test_the_three_products_are_those_of_the_sparse_matrix(batch, d, k, n, dtype
     if dtype == torch.float32:
         torch.testing.assert_close(triton_kernels.decode(values, indices, rows), active.decode(values, rows), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(triton_kernels.dot(tokens, indices, rows), active.dot(tokens, rows), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(triton_kernels.sum_tokens(*active.by_latent, values, tokens, n), active.sum_tokens(values, tokens),
-                                   rtol=1e-4, atol=1e-4)
+        bias = random(d, seed=3)
+        torch.testing.assert_close(triton_kernels.decode(values, indices, rows, bias), active.decode(values, rows, bias), rtol=1e-4, atol=1e-4)
+        for ours, twin in zip(triton_kernels.sum_pairs(*triton_kernels.group_by_latent(indices, n), values, tokens, n), active.sum_pairs(values, tokens)):
+            torch.testing.assert_close(ours, twin, rtol=1e-4, atol=1e-4)
+        assert torch.equal(triton_kernels.fired(values, indices, n), active.fired(values.relu()))
     matrix, grouped = dense(values, indices, n), triton_kernels.group_by_latent(indices, n)
     torch.testing.assert_close(triton_kernels.decode(values, indices, rows), matrix @ rows.float(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(triton_kernels.dot(tokens, indices, rows), (tokens.float() @ rows.float().t()).gather(1, indices.long()),
                                rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(triton_kernels.sum_tokens(*grouped, values, tokens, n), matrix.t() @ tokens.float(), rtol=1e-4, atol=1e-4)
+    rows, weights = triton_kernels.sum_pairs(*grouped, values, tokens, n)
+    torch.testing.assert_close(rows, matrix.t() @ tokens.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weights, matrix.sum(0), rtol=1e-4, atol=1e-4)
 
 
 def test_a_latent_repeated_within_a_token_counts_each_time():
@@ -140,7 +146,7 @@ def test_a_latent_repeated_within_a_token_counts_each_time():
     tokens, rows, matrix = random(2, 5, seed=1), random(4, 5, seed=2), dense(values, indices, 4)
     grouped = triton_kernels.group_by_latent(indices, 4)
     torch.testing.assert_close(triton_kernels.decode(values, indices, rows), matrix @ rows, **EXACT)
-    torch.testing.assert_close(triton_kernels.sum_tokens(*grouped, values, tokens, 4), matrix.t() @ tokens, **EXACT)
+    torch.testing.assert_close(triton_kernels.sum_pairs(*grouped, values, tokens, 4)[0], matrix.t() @ tokens, **EXACT)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 15, 16, 17])
@@ -150,51 +156,55 @@ def test_a_latent_of_every_token_is_summed_wherever_its_pairs_begin(offset):
     indices[:offset] = 1  # moves the chunks against the latent; latents 0, 2 and 4 to 8 never fire
     indices[-chunk // 2:] = 7
     values, tokens = random(batch, 1), random(batch, 21, seed=1)
-    out = triton_kernels.sum_tokens(*triton_kernels.group_by_latent(indices, 9), values, tokens, 9)
-    torch.testing.assert_close(out, dense(values, indices, 9).t() @ tokens, rtol=1e-4, atol=1e-4)
-    assert not out[[0, 2, 4, 5, 6, 8]].any()
+    rows, weights = triton_kernels.sum_pairs(*triton_kernels.group_by_latent(indices, 9), values, tokens, 9)
+    torch.testing.assert_close(rows, dense(values, indices, 9).t() @ tokens, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(weights, dense(values, indices, 9).sum(0), rtol=1e-4, atol=1e-4)
+    assert not rows[[0, 2, 4, 5, 6, 8]].any() and not weights[[0, 2, 4, 5, 6, 8]].any()
 
 
 def test_grouping_is_that_of_the_twin():
     indices = distinct(50, 4, 30)
-    order, token_of, starts = triton_kernels.group_by_latent(indices, 30)
+    order, token_of, starts, latents = triton_kernels.group_by_latent(indices, 30)
     twin = kernels.Active(indices, 30).by_latent
     assert torch.equal(order, twin[0]) and torch.equal(token_of, twin[1]) and torch.equal(starts, twin[2]) and starts[-1] == 200
+    assert latents.tolist() == sorted(indices.flatten().tolist())
 
 
+@pytest.mark.parametrize("unit", [True, False])
 @pytest.mark.parametrize("n, d", [(9, 7), (5, 33), (3, 1)])
-def test_adam_with_unit_rows_is_tangent_gradient_then_adam_then_unit_norm(n, d):
+def test_adam_by_rows_is_tangent_gradient_then_adam_then_unit_norm(n, d, unit):
     start = torch.nn.functional.normalize(random(n, d), dim=1)
     twin, ours = torch.nn.Parameter(start.clone()), start.clone()
     adam = torch.optim.Adam([twin], lr=0.01, betas=(0.9, 0.999), eps=6.25e-10)
     m, v = torch.zeros_like(ours), torch.zeros_like(ours)
     for step in range(1, 5):
         grad = random(n, d, seed=step)
-        tangent = grad - (grad * twin.detach()).sum(1, keepdim=True) * twin.detach()
-        torch.testing.assert_close(triton_kernels.tangent_square(grad, ours), tangent.square().sum(), rtol=1e-4, atol=1e-6)
-        clip = 1 / tangent.norm().clamp_min(1).reshape(1)
+        tangent = grad - unit * (grad * twin.detach()).sum(1, keepdim=True) * twin.detach()
+        torch.testing.assert_close(triton_kernels.square_norm(grad, ours, unit), tangent.square().sum(), rtol=1e-4, atol=1e-6)
+        clip = 1 / tangent.norm().clamp_min(1)
         twin.grad = tangent * clip
         adam.step()
-        with torch.no_grad():
-            twin /= twin.norm(dim=1, keepdim=True)
+        if unit:
+            with torch.no_grad():
+                twin /= twin.norm(dim=1, keepdim=True)
         kept = grad.clone()
-        triton_kernels.adam_unit_rows(ours, grad, m, v, clip, lr=torch.tensor(0.01, device=DEVICE), beta1=0.9, beta2=0.999, eps=6.25e-10,
-                                      step=torch.tensor(float(step), device=DEVICE))
+        factors = triton_kernels.adam_factors(torch.tensor(0.01, device=DEVICE), torch.tensor(float(step), device=DEVICE), 0.9, 0.999)
+        triton_kernels.adam_rows(ours, grad, m, v, clip, factors, beta1=0.9, beta2=0.999, eps=6.25e-10, unit=unit)
         assert torch.equal(grad, kept)
         state = adam.state[twin]
-        if d > 1:  # in one dimension nothing but rounding is left of the gradient, and Adam makes it large
+        if d > 1 or not unit:  # in one dimension nothing but rounding is left of the gradient, and Adam makes it large
             torch.testing.assert_close(ours, twin.detach(), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(m, state["exp_avg"], rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(v, state["exp_avg_sq"], rtol=1e-4, atol=1e-8)
-        torch.testing.assert_close(ours.norm(dim=1), torch.ones(n, device=DEVICE), **EXACT)
+        if unit:
+            torch.testing.assert_close(ours.norm(dim=1), torch.ones(n, device=DEVICE), **EXACT)
 
 
 @pytest.mark.parametrize("name, call", {
     "k is 9": lambda: triton_select.select(random(2, 3), random(8, 3), random(8), 9),
-    "precision is 'fp8'": lambda: triton_select.select(random(2, 3), random(8, 3), random(8), 2, "fp8"),
-    "x.dtype is torch.float64": lambda: triton_select.select(random(2, 3).double(), random(8, 3).double(), random(8).double(), 2),
+    "weight.dtype is torch.float64": lambda: triton_select.select(random(2, 3).double(), random(8, 3).double(), random(8).double(), 2),
     "tma is True": lambda: triton_select.scores(random(2, 3), random(8, 3), random(8), tma=True),
-    "starts is 3": lambda: triton_kernels.sum_tokens(*triton_kernels.group_by_latent(distinct(4, 2, 2), 2), random(4, 2), random(4, 3), 5),
+    "starts is 3": lambda: triton_kernels.sum_pairs(*triton_kernels.group_by_latent(distinct(4, 2, 2), 2), random(4, 2), random(4, 3), 5),
 }.items())
 def test_an_argument_that_breaks_its_rule_is_named(name, call):
     with pytest.raises(ValueError, match=name.replace(".", r"\.") + ".*: it must be"):
@@ -208,7 +218,7 @@ def test_nothing_imports_these_modules_before_it_needs_them():
                 assert "triton" not in ast.unparse(node), f"{path.name} imports Triton when it is read"
 
 
-def a_loop(monkeypatch, on_gpu, method="topk", n_steps=4):
+def a_loop(monkeypatch, on_gpu, method="topk", precision="fp32", n_steps=4):
     """A few steps of training with dead latents, checkpointed and taken up again in the middle."""
     monkeypatch.setattr(kernels, "on_gpu", lambda x: on_gpu)
     sparsity = {"topk": 3, "relu": 0.05}[method]
@@ -220,7 +230,7 @@ def a_loop(monkeypatch, on_gpu, method="topk", n_steps=4):
             loop.restore(state)
         loop.look_every = int(on_gpu)
         # seeds far from the SAE's own: with that one a token IS a row, and what is left of a gradient is rounding, which Adam makes large
-        loop.one(random(16, 12, seed=100 + step), 1.0, 1.0, "sparse", "fp32", log=True)
+        loop.one(random(16, 12, seed=100 + step), 1.0, 1.0, "sparse", precision, log=True)
         history.append(loop.history[-1]["squared_error"])
     return [p.detach() for p in loop.sae.parameters()], history
 
@@ -231,6 +241,13 @@ def test_training_on_the_kernels_of_the_gpu_is_training_on_the_stock_operations(
     assert history == pytest.approx(expected, rel=1e-4)
     for ours, twin in zip(weights, twins):
         torch.testing.assert_close(ours, twin, rtol=1e-3, atol=1e-4)
+
+
+def test_training_in_bf16_on_the_kernels_of_the_gpu_stays_near_float32(monkeypatch):
+    (weights, history), (twins, expected) = a_loop(monkeypatch, True, precision="bf16"), a_loop(monkeypatch, False)
+    assert history == pytest.approx(expected, rel=0.02) and history != expected
+    assert all(ours.dtype == torch.float32 for ours in weights)
+    assert (weights[0] - twins[0]).norm() < 0.05 * twins[0].norm()
 
 
 @pytest.mark.parametrize("method", ["multi_topk", "batchtopk"])
