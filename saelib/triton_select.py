@@ -18,6 +18,7 @@ from saelib.triton_kernels import INTERPRETED
 
 GROUP = 32  # latents whose maximum stands for them: one 64-byte piece of a bf16 row
 CELLS_A_WARP = 1024  # numbers of a row that the registers of one warp hold
+PIECE = 16 if INTERPRETED else 256  # of a row, written at once
 SCORES_AT_ONCE = 2**31  # bounds the buffer of pre-activations, by working through the tokens in parts
 GEMM = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3, "A_CORE": 1}  # bf16
 GEMM_FP32 = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3, "A_CORE": 1}
@@ -91,26 +92,37 @@ def scores(x: Float[Tensor, "batch d"], weight: Float[Tensor, "n d"], bias: Floa
 
 @triton.jit
 @no_type_check
-def _largest(values, groups, out_values, out_places, width, n, k, GROUP: tl.constexpr, BITS: tl.constexpr, SIZE: tl.constexpr):
-    """The k largest of one row, which stays in registers: the k-th largest key, bit by bit from counts; then all above it, and ties until k are full."""
-    row, cell = tl.program_id(0).to(tl.int64), tl.arange(0, SIZE)
-    values, groups, out_values, out_places = values + row * n, groups + row * (width // GROUP), out_values + row * k, out_places + row * k
+def _keys(values, groups, cell, width, n, GROUP: tl.constexpr, BITS: tl.constexpr):
+    """For some cells of a row: where they lie in it, an integer that orders as the value does, and whether there is one."""
     place = cell if GROUP == 1 else tl.load(groups + cell // GROUP, mask=cell < width, other=0) * GROUP + cell % GROUP
     there = (cell < width) & (place < n)
-    value = tl.load(values + place, mask=there, other=0.0).to(tl.float32)
-    bits = value.to(tl.int32, bitcast=True)
-    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> (32 - BITS)  # orders as the value does
+    bits = tl.load(values + place, mask=there, other=0.0).to(tl.float32).to(tl.int32, bitcast=True)
+    return place, (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> (32 - BITS), there
+
+
+@triton.jit
+@no_type_check
+def _largest(values, groups, out_values, out_places, width, n, k, GROUP: tl.constexpr, BITS: tl.constexpr, SIZE: tl.constexpr, PIECE: tl.constexpr):
+    """The k largest of one row: the k-th largest key, bit by bit from counts over registers; then all above it, and ties until k are full."""
+    row = tl.program_id(0).to(tl.int64)
+    values, groups, out_values, out_places = values + row * n, groups + row * (width // GROUP), out_values + row * k, out_places + row * k
     least, n_above, one = tl.full((), -(1 << (BITS - 1)), tl.int32), tl.full((), 0, tl.int32), tl.full((), 1, tl.int32)
+    _, keys, exist = _keys(values, groups, tl.arange(0, SIZE), width, n, GROUP, BITS)
     for step in range(BITS):
         trial = tl.where(step == 0, 0, least | (one << (BITS - 1 - step)))
-        count = tl.sum((there & (key >= trial)).to(tl.int32), 0)
+        count = tl.sum((exist & (keys >= trial)).to(tl.int32), 0)
         least = tl.where(count >= k, trial, least)
         n_above = tl.where(count >= k, n_above, count)  # the last trial that failed is least + 1
-    above, equal = (there & (key > least)).to(tl.int32), (there & (key == least)).to(tl.int32)
-    slot = tl.where(above > 0, tl.cumsum(above, 0), n_above + tl.cumsum(equal, 0)) - 1
-    keep = (above > 0) | ((equal > 0) & (slot < k))
-    tl.store(out_values + slot, value, mask=keep)
-    tl.store(out_places + slot, place, mask=keep)
+    done, n_equal = tl.full((), 0, tl.int32), n_above
+    for start in range(0, width, PIECE):  # read again, from the cache: addresses of a whole row would crowd the registers
+        place, key, there = _keys(values, groups, start + tl.arange(0, PIECE), width, n, GROUP, BITS)
+        above, equal = (there & (key > least)).to(tl.int32), (there & (key == least)).to(tl.int32)
+        slot = tl.where(above > 0, done + tl.cumsum(above, 0), n_equal + tl.cumsum(equal, 0)) - 1
+        keep = (above > 0) | ((equal > 0) & (slot < k))
+        bits = key << (32 - BITS)
+        tl.store(out_values + slot, (bits ^ ((key >> 31) & (0x7FFFFFFF >> (32 - BITS) << (32 - BITS)))).to(tl.float32, bitcast=True), mask=keep)
+        tl.store(out_places + slot, place, mask=keep)
+        done, n_equal = done + tl.sum(above, 0), n_equal + tl.sum(equal, 0)
 
 
 def largest(values: Float[Tensor, "batch n"], k: int, groups: Int[Tensor, "batch n_kept"] | None = None,
@@ -126,7 +138,7 @@ def largest(values: Float[Tensor, "batch n"], k: int, groups: Int[Tensor, "batch
     out = torch.empty(batch, k, device=values.device), torch.empty(batch, k, dtype=torch.int32, device=values.device)
     cells = max(32, triton.next_power_of_2(width))
     config = {"num_warps": min(32, max(1, cells // CELLS_A_WARP)), **config}
-    _largest[(batch,)](values, groups, *out, width, n, k, size, 16 if values.dtype == torch.bfloat16 else 32, cells, **config)
+    _largest[(batch,)](values, groups, *out, width, n, k, size, 16 if values.dtype == torch.bfloat16 else 32, cells, min(cells, PIECE), **config)
     return out
 
 
