@@ -45,8 +45,7 @@ def auxk_term(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int, prec
     if is_dead is not None:
         bias, some = torch.where(is_dead, bias, -torch.inf), is_dead.any()
     if len(dead) > FEW_OF_MANY * k_aux:
-        values, active = kernels.encode(x, sae.b_pre, encoder, bias, k_aux, precision)
-        return losses.auxk(x - x_hat, kernels.decode(values, active, decoder, precision=precision)) * some
+        return losses.auxk(x - x_hat, kernels.autoencode(x, sae.b_pre, encoder, bias, decoder, k_aux, precision=precision)[0]) * some
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
         latents = torch.relu(F.linear(x - sae.b_pre, encoder, bias))
         if len(dead) > k_aux:

@@ -28,11 +28,6 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16)
 
 
-def operand_dtype(x: Tensor, precision: str) -> torch.dtype:
-    """What the sparse products get: on a GPU "bf16" takes all of them in bfloat16 and adds up in float32; a CPU would gain nothing."""
-    return torch.bfloat16 if precision == "bf16" and on_gpu(x) else x.dtype
-
-
 class Active:
     """Which latents are active for which token: a sparse `[batch, n_latents]` matrix without its values.
 
@@ -80,9 +75,10 @@ class Active:
         """out_i = Σ_b values_bi."""
         return values.new_zeros(self.n_latents).index_add_(0, self.indices.reshape(-1), values.reshape(-1))
 
-    def sum_pairs(self, values: Float[Tensor, "*pairs"], tokens: Float[Tensor, "batch d"]) -> tuple[Tensor, Tensor]:
-        """`sum_tokens` and `sum_latents` of the same values: the gradients of a weight and of its bias."""
-        return self.sum_tokens(values, tokens), self.sum_latents(values)
+    def gradients(self, grad: Float[Tensor, "*pairs"], centred: Float[Tensor, "batch d"], values: Float[Tensor, "*pairs"],
+                  grad_out: Float[Tensor, "batch d"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of W_enc and b_enc, from those of the latents; of W_dec, from that of the reconstruction."""
+        return self.sum_tokens(grad, centred), self.sum_latents(grad), self.sum_tokens(values, grad_out)
 
     def fired(self, values: Float[Tensor, "*pairs"]) -> Bool[Tensor, " n_latents"]:
         """Which latents have a positive value for any token."""
@@ -95,7 +91,7 @@ def bags(rows: Tensor, indices: Tensor, starts: Tensor, weights: Tensor) -> Tens
 
 
 class ActiveOnGPU(Active):
-    """The same, with the kernels of the GPU: deterministic, and without waiting for the device."""
+    """The parts of it that a step takes, with the kernels of the GPU: deterministic, and without waiting for the device."""
 
     @cached_property
     def by_latent(self) -> tuple[Tensor, ...]:
@@ -106,19 +102,13 @@ class ActiveOnGPU(Active):
         from saelib import triton_kernels
         return triton_kernels.decode(values, self.indices, rows, bias)
 
-    def sum_pairs(self, values, tokens):
+    def gradients(self, grad, centred, values, grad_out):
         from saelib import triton_kernels
-        return triton_kernels.sum_pairs(*self.by_latent, values, tokens, self.n_latents)
-
-    def sum_tokens(self, values, tokens):
-        return self.sum_pairs(values, tokens)[0]
+        return triton_kernels.gradients(*self.by_latent, grad, centred, values, grad_out, self.n_latents)
 
     def dot(self, tokens, rows):
         from saelib import triton_kernels
         return triton_kernels.dot(tokens, self.indices, rows)
-
-    def sum_latents(self, values):
-        return self.sum_pairs(values, values.new_ones(len(values), 1))[1]
 
     def fired(self, values):
         from saelib import triton_kernels
@@ -131,7 +121,7 @@ def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_e
     """The k largest pre-activations of each token, in no particular order.
 
     With precision "bf16" the product W_enc x is computed in bfloat16 only to name k + 25 % candidates; their
-    values are then computed in full precision, and the k largest of those are returned. On a GPU the type of x decides: see `encode`.
+    values are then computed in full precision, and the k largest of those are returned. On a GPU the type of x and W_enc decides: see `autoencode`.
 
     Args:
         x: centred activations, x - b_pre.
@@ -170,100 +160,76 @@ def choose(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype, 
     return values, indices
 
 
-class _Encode(torch.autograd.Function):
+class _Autoencode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, b_pre, W_enc, b_enc, choice, precision):
-        centred = torch.sub(x, b_pre, out=torch.empty_like(x, dtype=operand_dtype(x, precision)))
-        values, indices = choice(centred)
+    def forward(ctx, x, b_pre, W_enc, b_enc, W_dec, b_out, choice, dtype, copies):
+        encoder, decoder = operand(W_enc, dtype, copies, "W_enc"), operand(W_dec, dtype, copies, "W_dec")
+        centred = torch.sub(x, b_pre, out=torch.empty_like(x, dtype=dtype))
+        values, indices = choice(centred, encoder)
         values.relu_()
-        ctx.active = (ActiveOnGPU if on_gpu(x) else Active)(indices, len(W_enc))
-        ctx.save_for_backward(centred, W_enc, values)
-        ctx.mark_non_differentiable(indices)
+        active = (ActiveOnGPU if on_gpu(x) else Active)(indices, len(W_enc))
+        ctx.active, ctx.has_b_out = active, b_out is not None
+        ctx.save_for_backward(centred, encoder, decoder, values)
         ctx.set_materialize_grads(False)
-        return values, indices, ctx.active
+        return active.decode(values, decoder, b_out), values, active
 
     @staticmethod
-    def backward(ctx, grad_values, *_):
-        if grad_values is None:
-            return (None,) * 6
-        centred, W_enc, values = ctx.saved_tensors
-        grad = grad_values * (values > 0)
-        grad_W_enc, grad_b_enc = ctx.active.sum_pairs(grad, centred)
-        grad_b_pre = -(grad_b_enc @ W_enc) if ctx.needs_input_grad[1] else None
-        grad_x = ctx.active.decode(grad, W_enc) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_b_pre, grad_W_enc, grad_b_enc, None, None
+    def backward(ctx, grad_x_hat, grad_values, _):
+        (centred, encoder, decoder, values), active = ctx.saved_tensors, ctx.active
+        grad_out = torch.zeros_like(centred) if grad_x_hat is None else grad_x_hat.to(centred.dtype).contiguous()
+        grad = active.dot(grad_out, decoder)
+        grad = (grad if grad_values is None else grad.add_(grad_values)).mul_(values > 0)
+        grad_W_enc, grad_b_enc, grad_W_dec = active.gradients(grad, centred, values, grad_out)
+        grad_b_pre = -(grad_b_enc.to(encoder.dtype) @ encoder).to(grad_b_enc.dtype)
+        grad_x = active.decode(grad, encoder) if ctx.needs_input_grad[0] else None
+        grad_b_out = grad_x_hat.sum(0) if ctx.has_b_out and grad_x_hat is not None else None
+        return grad_x, grad_b_pre, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_out, None, None, None
 
 
-class _Decode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, values, W_dec, bias, active, precision):
-        rows = W_dec.to(operand_dtype(W_dec, precision))
-        ctx.active = active
-        ctx.save_for_backward(values, rows)
-        return active.decode(values, rows, bias)
+def autoencode(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[Tensor, "n_latents d"], b_enc: Float[Tensor, " n_latents"],
+               W_dec: Float[Tensor, "n_latents d"], k: int, *, b_out: Float[Tensor, " d"] | None = None, precision: str = "fp32",
+               choice: Callable | None = None, find: Callable = largest,
+               copies: dict | None = None) -> tuple[Float[Tensor, "batch d"], Float[Tensor, "batch width"], Active]:
+    """A whole TopK autoencoder. Differentiable in all six tensors, and its latents may be used in a loss too.
 
-    @staticmethod
-    def backward(ctx, grad):
-        values, rows = ctx.saved_tensors
-        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        grad = grad.to(rows.dtype).contiguous()
-        grad_values = ctx.active.dot(grad, rows) if ctx.needs_input_grad[0] else None
-        grad_W_dec = ctx.active.sum_tokens(values, grad) if ctx.needs_input_grad[1] else None
-        return grad_values, grad_W_dec, grad_bias, None, None
+    z = TopK(ReLU(W_enc (x - b_pre) + b_enc)),  x_hat = W_dec^T z + b_out
 
-
-def encode(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[Tensor, "n_latents d"],
-           b_enc: Float[Tensor, " n_latents"], k: int, precision: str = "fp32",
-           choice: Callable | None = None, find: Callable = largest) -> tuple[Float[Tensor, "batch width"], Active]:
-    """TopK latents, as their values and their places. Differentiable in all four tensors.
-
-    z = TopK(ReLU(W_enc (x - b_pre) + b_enc))
-
-    Backward: the gradient of `values` reaches the selected rows only, and only where the value is positive:
-    the exact Jacobian away from ties.
+    Backward: the gradient of a latent reaches its own rows only, and only where it is positive: the exact Jacobian away from ties.
 
     Args:
         x: activations.
         b_pre: the bias subtracted before encoding.
-        W_enc: encoder, one row a latent.
-        b_enc: encoder bias.
+        W_enc, b_enc: encoder, one row a latent, and its bias.
+        W_dec: decoder, one row a latent.
         k: how many latents to keep for each token.
-        precision: "fp32", or "bf16" to select in bfloat16 (see `select`). On a GPU "bf16" is what mixed precision is elsewhere: the operands of
-            every product in bfloat16, here and in `decode`, sums and weights in float32.
+        b_out: what is added to the reconstruction: b_pre, or nothing.
+        precision: "fp32", or "bf16" to select in bfloat16 (see `select`). On a GPU "bf16" is what mixed precision is elsewhere: the operands
+            of every product in bfloat16, sums and weights in float32.
         choice: what chooses them, if not the k largest: it is given k and `best`, which returns the m largest pre-activations and
             their latents for any m. It may keep another number of latents, the same for all tokens, and gives a latent that
             it leaves out the value 0.
         find: what finds the largest of each row (see `select`).
+        copies: where copies of the weights in bfloat16 are kept from call to call, by a caller that renews them with the weights.
 
     Returns:
-        The values (0 where a selected pre-activation was not positive), and the `Active` that places them.
+        x_hat; the latents as their values (0 where a selected pre-activation was not positive), and the `Active` that places them.
 
-    Paper: §2.3, Eq. (3)
+    Paper: §2.2, Eq. (1); §2.3, Eq. (3)
     """
-    def choose_of(centred):
+    def choose_of(centred, encoder):
         def best(m):
-            return select(centred, W_enc, b_enc, m, precision, find)
+            return select(centred, encoder, b_enc, m, precision, find)
 
         return choice(k, best) if choice else best(k)
 
-    values, _, active = _Encode.apply(x, b_pre, W_enc, b_enc, choose_of, precision)
-    return values, active
+    dtype = torch.bfloat16 if precision == "bf16" and on_gpu(x) else x.dtype
+    return _Autoencode.apply(x, b_pre, W_enc, b_enc, W_dec, b_out, choose_of, dtype, copies)
 
 
-def decode(values: Float[Tensor, "batch k"], active: Active, W_dec: Float[Tensor, "n_latents d"], b_pre: Float[Tensor, " d"] | None = None,
-           precision: str = "fp32") -> Float[Tensor, "batch d"]:
-    """The reconstruction Σ_j values_bj W_dec[indices_bj] + b_pre. Differentiable in `values`, `W_dec` and `b_pre`.
-
-    Args:
-        values: the active latents.
-        active: their places.
-        W_dec: decoder, one row a latent.
-        b_pre: what was subtracted before encoding; None adds nothing.
-        precision: as in `encode`; it makes no difference on a CPU.
-
-    Returns:
-        [batch, d], in the units of `W_dec` times those of `values`.
-
-    Paper: §2.2, Eq. (1)
-    """
-    return _Decode.apply(values, W_dec, b_pre, active, precision)
+def operand(weight: Tensor, dtype: torch.dtype, copies: dict | None, name: str) -> Tensor:
+    """A weight in the type that the products get it in: itself, or a copy, kept in `copies` if there are any."""
+    if weight.dtype == dtype or copies is None:
+        return weight.to(dtype)
+    if name not in copies:
+        copies[name] = weight.to(dtype)
+    return copies[name]

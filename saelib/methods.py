@@ -86,7 +86,7 @@ class TopK(Method):
         return keep_largest(pre_acts, self.k)  # Eq. (3)
 
     def select(self, k: int, best: Callable[[int], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """The same choice on the sparse path (see `choice` of `saelib.kernels.encode`)."""
+        """The same choice on the sparse path (see `choice` of `saelib.kernels.autoencode`)."""
         return best(k)
 
 
@@ -106,7 +106,7 @@ class MultiTopK(TopK):
         if out.active is None:
             x_hat = sae.decode(keep_largest(sae.pre_acts(x), wide))
         else:
-            x_hat = kernels.decode(*out.largest(wide), sae.W_dec, sae.b_pre)
+            x_hat = out.largest(wide)[0]
         return {"multi_topk": losses.squared_error(x, x_hat) / 8}
 
 

@@ -21,7 +21,7 @@ from saelib.train import paper_lr, train
 
 PACKAGE = Path(__file__).parent
 DECIDING = ("auxk", "cache", "checks", "dense", "graphs", "kernels", "losses", "methods", "metrics", "native", "runs", "sae", "selection",
-            "sources", "subjects", "texts", "train", "triton_kernels", "triton_select", "variants")
+            "sources", "subjects", "texts", "train", "triton_adam", "triton_kernels", "triton_select", "variants")
 MEDIAN_ROWS = 8192
 BF16_WEIGHTS = 2**16
 

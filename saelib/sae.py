@@ -20,12 +20,12 @@ FORMAT = "saelib-1"
 
 class Output(NamedTuple):
     """What one forward pass leaves: on the dense path `latents` are all of them, [batch, n_latents], and `active`
-    is None; on the sparse path `latents` are the values, [batch, k], and `active` places them, and `largest(m)` computes both anew for
-    the m largest latents of the same tokens on the same path."""
+    is None; on the sparse path `latents` are the values, [batch, k], and `active` places them, and `largest(m)` computes all three anew
+    for the m largest latents of the same tokens on the same path."""
     x_hat: Tensor
     latents: Tensor
     active: kernels.Active | None
-    largest: Callable[[int], tuple[Tensor, kernels.Active]] | None = None
+    largest: Callable[[int], tuple[Tensor, Tensor, kernels.Active]] | None = None
 
     def fired(self) -> Tensor:
         """Which latents were active for any token, [n_latents]."""
@@ -90,7 +90,7 @@ class SAE(nn.Module):
         return torch.addmm(self.b_pre, latents, self.W_dec)  # Eq. (1)
 
     def run(self, x: Float[Tensor, "batch d_model"], path: str = "sparse", precision: str = "fp32",
-            scratch: dense.Scratch | None = None) -> Output:
+            scratch: dense.Scratch | None = None, copies: dict[str, Tensor] | None = None) -> Output:
         """One forward pass with all that it makes.
 
         Args:
@@ -101,6 +101,7 @@ class SAE(nn.Module):
             precision: "fp32"; "bf16" selects the latents of TopK in bfloat16, and multiplies matrices in it elsewhere.
                 Weights stay in float32.
             scratch: memory for dense latents, which the next pass that gets it overwrites; fresh memory if None.
+            copies: copies of the weights that a training loop renews with them (see `saelib.kernels.autoencode`).
 
         Returns:
             `Output`: x_hat, and the latents of that path.
@@ -111,10 +112,9 @@ class SAE(nn.Module):
             native.check(x, self.W_enc)
         act = getattr(self.method.forward, "__func__", None)  # a method with an activation function of its own has no kernel
         if path != "dense" and act in methods.ON_KERNELS:
-            encode = partial(kernels.encode, x, self.b_pre, self.W_enc, self.b_enc, precision=precision,
-                             find=native.largest if path == "native" else selection.largest)
-            values, active = encode(self.method.k, choice=self.method.select)
-            return Output(kernels.decode(values, active, self.W_dec, self.b_pre, precision), values, active, encode)
+            again = partial(kernels.autoencode, x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, b_out=self.b_pre, precision=precision,
+                            find=native.largest if path == "native" else selection.largest, copies=copies)
+            return Output(*again(self.method.k, choice=self.method.select), again)
         if path != "dense" and act is methods.ReLU.forward:
             return Output(*dense.relu(x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, precision, scratch, path == "native"), None)
         # autocast's cache is shared between threads, and so between the members of a sweep

@@ -40,7 +40,7 @@ class Loop:
         for p in sae.parameters():  # as Adam makes it at its first step; here it lies below what comes and goes
             self.adam.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         self.tokens_since_fired = torch.zeros(sae.n_latents, dtype=torch.int64, device=device)
-        self.step, self.history, self.scratch = 0, [], dense.Scratch()
+        self.step, self.history, self.scratch, self.copies = 0, [], dense.Scratch(), {}
         self.ema = torch.optim.swa_utils.AveragedModel(sae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
 
     def state(self) -> dict:
@@ -50,6 +50,8 @@ class Loop:
     def restore(self, state: dict) -> None:
         own = {name: self.adam.param_groups[0][name] for name in ("lr", "capturable")}  # of this device, and not of the one that saved
         self.sae.load_state_dict(state["sae"])
+        for name, copy in self.copies.items():
+            copy.copy_(getattr(self.sae, name))
         self.adam.load_state_dict(state["adam"])
         self.adam.param_groups[0].update(own)
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
@@ -103,23 +105,23 @@ class Loop:
 
     @torch.no_grad()
     def update_in_one_pass(self) -> None:
-        from saelib import triton_kernels
-        tensors = []
-        for p in self.sae.parameters():
+        from saelib import triton_adam
+        tensors = {}
+        for name, p in self.sae.named_parameters():
             state = self.adam.state[p]  # Adam's own place for them, so that checkpoints hold them
-            tensors.append([triton_kernels.in_rows(t) for t in (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])] + [p is self.sae.W_dec])
-        square = sum(triton_kernels.square_norm(grad, rows, unit) for rows, grad, _, _, unit in tensors)
+            tensors[name] = [triton_adam.in_rows(t) for t in (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])]
+        square = sum(triton_adam.square_norm(grad, rows, name == "W_dec") for name, (rows, grad, *_) in tensors.items())
         clip = (1 / (square.sqrt() + 1e-6)).clamp(max=1)
         steps = [state["step"] for state in self.adam.state.values()]
         torch._foreach_add_(steps, 1)
-        factors = triton_kernels.adam_factors(self.adam.param_groups[0]["lr"], steps[0], *BETAS)
-        for *there, unit in tensors:
-            triton_kernels.adam_rows(*there, clip, factors, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, unit=unit)
+        factors = triton_adam.adam_factors(self.adam.param_groups[0]["lr"], steps[0], *BETAS)
+        for name, there in tensors.items():
+            triton_adam.adam_rows(*there, clip, factors, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, unit=name == "W_dec", copy=self.copies.get(name))
 
     def forward(self, x: Tensor, path: str, precision: str) -> tuple[Output, dict[str, Tensor]]:
         """The first half of a step: the output and the terms of the loss."""
         self.adam.zero_grad()
-        out = self.sae.run(x, path, precision, self.scratch)
+        out = self.sae.run(x, path, precision, self.scratch, self.copies)
         self.count_fired(out)
         return out, self.terms(x, out, precision)
 

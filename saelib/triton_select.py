@@ -3,6 +3,7 @@
 Import this only where there is a GPU, or with TRITON_INTERPRET=1 set before. Bytes and operations as in
 `saelib.triton_kernels`; s is the bytes of a score.
 """
+import math
 from functools import cache
 from typing import no_type_check
 
@@ -16,7 +17,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from saelib.checks import require
 from saelib.triton_kernels import INTERPRETED
 
-GROUP = 32  # latents whose maximum stands for them: one 64-byte piece of a bf16 row
 CELLS_A_WARP = 1024  # numbers of a row that the registers of one warp hold
 PIECE = 16 if INTERPRETED else 256  # of a row, written at once
 SCORES_AT_ONCE = 2**31  # bounds the buffer of pre-activations, by working through the tokens in parts
@@ -34,14 +34,14 @@ def n_cores(device: torch.device) -> int:
 @triton.jit
 @no_type_check
 def _scores(x, weight, bias, scores, maxima, batch, n, d, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-            BLOCK_K: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr):
+            BLOCK_K: tl.constexpr, TMA: tl.constexpr, TMA_OUT: tl.constexpr, UPCAST: tl.constexpr):
     """Tiles of x weight^T + bias, and the maximum of each group of their columns. A program goes on from tile to tile, so that what a
     tile leaves is written while the next one is read."""
     n_down, n_across = tl.cdiv(batch, BLOCK_M), tl.cdiv(n, BLOCK_N)
-    band = 8 * n_across  # of 8 tiles down: neighbours in time share rows of both inputs in the L2
+    band = 16 * n_across  # of 16 tiles down: neighbours in time share rows of both inputs in the L2
     for tile in tl.range(tl.program_id(0), n_down * n_across, tl.num_programs(0), flatten=TMA):
-        n_rows = min(n_down - tile // band * 8, 8)
-        first_row = (tile // band * 8 + tile % band % n_rows) * BLOCK_M
+        n_rows = min(n_down - tile // band * 16, 16)
+        first_row = (tile // band * 16 + tile % band % n_rows) * BLOCK_M
         first_column = (tile % band // n_rows) * BLOCK_N
         row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -57,8 +57,11 @@ def _scores(x, weight, bias, scores, maxima, batch, n, d, GROUP: tl.constexpr, B
                 left, right = left.to(tl.float32), right.to(tl.float32)
             total = tl.dot(left, right.T, total, input_precision="tf32x3")
         total += tl.load(bias + column, mask=column < n, other=0.0)[None, :]
-        place = row[:, None].to(tl.int64) * n + column[None, :]
-        tl.store(scores + place, total.to(scores.dtype.element_ty), mask=(row < batch)[:, None] & (column < n)[None, :])
+        if TMA_OUT:
+            scores.store([first_row, first_column], total.to(maxima.dtype.element_ty))
+        else:
+            place = row[:, None].to(tl.int64) * n + column[None, :]
+            tl.store(scores + place, total.to(maxima.dtype.element_ty), mask=(row < batch)[:, None] & (column < n)[None, :])
         total = tl.where((column < n)[None, :], total, float("-inf"))
         highest = tl.max(tl.reshape(total, (BLOCK_M, BLOCK_N // GROUP, GROUP)), 2)
         n_groups, group = tl.cdiv(n, GROUP), first_column // GROUP + tl.arange(0, BLOCK_N // GROUP)
@@ -66,13 +69,13 @@ def _scores(x, weight, bias, scores, maxima, batch, n, d, GROUP: tl.constexpr, B
                  mask=(row < batch)[:, None] & (group < n_groups)[None, :])
 
 
-def scores(x: Float[Tensor, "batch d"], weight: Float[Tensor, "n d"], bias: Float[Tensor, " n"], tma: bool | None = None,
+def scores(x: Float[Tensor, "batch d"], weight: Float[Tensor, "n d"], bias: Float[Tensor, " n"], group: int = 32, tma: bool | None = None,
            **config) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n_groups"]]:
-    """x weight^T + bias in the type of x, summed in fp32, and the maximum of each `GROUP` columns of it. A float32 product is made of three
+    """x weight^T + bias in the type of x, summed in fp32, and the maximum of each `group` columns of it. A float32 product is made of three
     on the tensor cores (TF32 of the leading digits and of what they leave), which keeps its precision.
 
-    `tma` reads the inputs through tensor descriptors (rows must be whole 16 bytes); None: where that can be done in bf16.
-    Bytes: s (B d + n d + B n + B n / GROUP). Operations: 2 B n d.
+    `tma` goes through tensor descriptors (rows must be whole 16 bytes); None: where that can be done in bf16.
+    Bytes: s (B d + n d + B n + B n / group). Operations: 2 B n d.
     """
     (batch, d), n = x.shape, len(weight)
     require(x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16), "weight.dtype", weight.dtype, "that of x, float32 or bfloat16")
@@ -81,12 +84,15 @@ def scores(x: Float[Tensor, "batch d"], weight: Float[Tensor, "n d"], bias: Floa
     tma = is_bf16 and rows_are_whole if tma is None else tma
     config = {**(GEMM_INTERPRETED if INTERPRETED else GEMM if is_bf16 else GEMM_FP32), **config}
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.float().contiguous()
-    out, maxima = x.new_empty(batch, n), x.new_empty(batch, triton.cdiv(n, GROUP))
+    out, maxima = x.new_empty(batch, n), x.new_empty(batch, triton.cdiv(n, group))
+    place, tma_out = out, tma and n * out.element_size() % 16 == 0
     if tma:
         x = TensorDescriptor.from_tensor(x, [config["BLOCK_M"], config["BLOCK_K"]])
         weight = TensorDescriptor.from_tensor(weight, [config["BLOCK_N"], config["BLOCK_K"]])
+    if tma_out:
+        place = TensorDescriptor.from_tensor(out, [config["BLOCK_M"], config["BLOCK_N"]])
     n_tiles = triton.cdiv(batch, config["BLOCK_M"]) * triton.cdiv(n, config["BLOCK_N"])
-    _scores[(min(n_tiles, n_cores(bias.device) * config.pop("A_CORE")),)](x, weight, bias, out, maxima, batch, n, d, GROUP, TMA=tma, UPCAST=INTERPRETED, **config)
+    _scores[(min(n_tiles, n_cores(bias.device) * config.pop("A_CORE")),)](x, weight, bias, place, maxima, batch, n, d, group, TMA=tma, TMA_OUT=tma_out, UPCAST=INTERPRETED, **config)
     return out, maxima
 
 
@@ -125,20 +131,20 @@ def _largest(values, groups, out_values, out_places, width, n, k, GROUP: tl.cons
         done, n_equal = done + tl.sum(above, 0), n_equal + tl.sum(equal, 0)
 
 
-def largest(values: Float[Tensor, "batch n"], k: int, groups: Int[Tensor, "batch n_kept"] | None = None,
+def largest(values: Float[Tensor, "batch n"], k: int, groups: Int[Tensor, "batch n_kept"] | None = None, group: int = 1,
             **config) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """The k largest values (fp32) of each row and their places (int32), in no particular order; of `groups` of GROUP only, if given.
+    """The k largest values (fp32) of each row and their places (int32), in no particular order; of these groups of `group` only, if given.
 
-    Bytes: s B n read, or s B n_kept GROUP, and 8 B k written.
+    Bytes: s B n read, or s B n_kept group, and 8 B k written.
     """
     batch, n = values.shape
-    size, width = 1 if groups is None else GROUP, n if groups is None else groups.shape[1] * GROUP
+    width = n if groups is None else groups.shape[1] * group
     require(1 <= k <= min(n, width), "k", k, f"from 1 to {min(n, width)}")
     values, groups = values.contiguous(), values if groups is None else groups.contiguous()
     out = torch.empty(batch, k, device=values.device), torch.empty(batch, k, dtype=torch.int32, device=values.device)
     cells = max(32, triton.next_power_of_2(width))
     config = {"num_warps": min(32, max(1, cells // CELLS_A_WARP)), **config}
-    _largest[(batch,)](values, groups, *out, width, n, k, size, 16 if values.dtype == torch.bfloat16 else 32, cells, min(cells, PIECE), **config)
+    _largest[(batch,)](values, groups, *out, width, n, k, group, 16 if values.dtype == torch.bfloat16 else 32, cells, min(cells, PIECE), **config)
     return out
 
 
@@ -148,17 +154,19 @@ def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_e
     """The k largest of W_enc x + b_enc for each token, in no particular order, with their latents. Twin: `kernels.select`.
 
     The product writes every pre-activation once, and the maximum of each group of them. At least k values reach the k-th
-    largest maximum, so the k largest lie in the k groups with the largest maxima, and only those are read back. The weights are
-    multiplied in the type of x. Where that is bfloat16, pre-activations are summed in float32 and then rounded to 8 bits.
+    largest maximum, so the k largest lie in the k groups with the largest maxima, and only those are read back. In bfloat16
+    pre-activations are summed in float32 and then rounded to 8 bits.
 
-    Bytes: those of `scores`, then s B (n / GROUP + k GROUP). Operations: 2 B n d.
+    Groups of √(n / k) leave the fewest to look through twice.
+
+    Bytes: those of `scores`, then s B (n / group + k group). Operations: 2 B n d.
     Paper: §2.3, Eq. (3)
     """
     n = len(W_enc)
     require(1 <= k <= n, "k", k, f"from 1 to n_latents = {n}")
-    weight, parts = W_enc.to(x.dtype), []
+    group, parts = min(128, max(16, 2 ** round(math.log2(math.sqrt(n / k))))), []
     for part in x.split(max(1, SCORES_AT_ONCE // n)):
-        pre_acts, maxima = scores(part, weight, b_enc)
+        pre_acts, maxima = scores(part, W_enc, b_enc, group)
         groups = largest(maxima, min(k, maxima.shape[1]))[1]
-        parts.append(largest(pre_acts, k, groups))
+        parts.append(largest(pre_acts, k, groups, group))
     return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))

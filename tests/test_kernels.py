@@ -153,10 +153,10 @@ def test_bf16_selection_returns_exact_values_of_nearly_the_right_latents():
 def test_gradients_agree_with_finite_differences():
     sae = make(3, 6, 2).double()
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    inputs = [x, sae.b_pre, sae.W_enc, sae.b_enc]
+    inputs = [x, sae.b_pre, sae.W_enc, sae.b_enc, sae.W_dec, torch.randn(3, dtype=torch.float64, requires_grad=True)]
 
-    def reconstruct(x, b_pre, W_enc, b_enc):
-        values, active = kernels.encode(x, b_pre, W_enc, b_enc, 2)
-        return kernels.decode(values, active, sae.W_dec)
+    def both(*tensors):
+        return kernels.autoencode(*tensors[:5], 2, b_out=tensors[5])[:2]
 
-    assert torch.autograd.gradcheck(reconstruct, inputs, eps=1e-7, atol=1e-5)
+    for wanted in (both, lambda *tensors: both(*tensors)[0], lambda *tensors: both(*tensors)[1]):
+        assert torch.autograd.gradcheck(wanted, inputs, eps=1e-7, atol=1e-5)

@@ -1,5 +1,6 @@
 """The GPU's kernels against their plain twins: on a GPU where there is one, else in Triton's interpreter."""
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 ON_GPU = torch.cuda.is_available()
 triton = pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
 
-from saelib import kernels, train, triton_kernels, triton_select  # noqa: E402
+from saelib import kernels, train, triton_adam, triton_kernels, triton_select  # noqa: E402
 from saelib.sae import SAE  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -49,7 +50,7 @@ def check_are_largest(values, indices, pre_acts, k):
 @pytest.mark.parametrize("batch, d, k, n", SHAPES)
 def test_select_finds_the_largest_pre_activations(batch, d, k, n, dtype):
     x, W_enc, b_enc = random(batch, d).to(dtype), random(n, d, seed=1), random(n, seed=2)
-    values, indices = triton_select.select(x, W_enc, b_enc, k)
+    values, indices = triton_select.select(x, W_enc.to(dtype), b_enc, k)
     if dtype == torch.float32:
         check_are_largest(values, indices, x @ W_enc.t() + b_enc, k)
         return
@@ -59,9 +60,9 @@ def test_select_finds_the_largest_pre_activations(batch, d, k, n, dtype):
     torch.testing.assert_close(values.sort(1).values, exact.topk(k, 1).values.sort(1).values, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("latents", [[40, 100, 150, 300], [64, 65, 66, 95]])
+@pytest.mark.parametrize("latents", [[40, 100, 150, 300], [64, 65, 66, 79]])
 def test_select_finds_latents_that_are_alone_in_their_groups_and_latents_that_share_one(latents):
-    b_enc = torch.full((10 * triton_select.GROUP,), -100.0, device=DEVICE)
+    b_enc = torch.full((320,), -100.0, device=DEVICE)
     b_enc[latents] = 2.0
     _, indices = triton_select.select(random(3, 8), random(len(b_enc), 8, seed=1) / 100, b_enc, 4)
     assert indices.sort(1).values.tolist() == [latents] * 3
@@ -69,7 +70,7 @@ def test_select_finds_latents_that_are_alone_in_their_groups_and_latents_that_sh
 
 def test_bf16_selection_agrees_with_the_exact_one_on_nearly_every_latent():
     x, W_enc = random(24, 32), random(256, 32, seed=1)
-    _, indices = triton_select.select(x.bfloat16(), W_enc, torch.zeros(256, device=DEVICE), 16)
+    _, indices = triton_select.select(x.bfloat16(), W_enc.bfloat16(), torch.zeros(256, device=DEVICE), 16)
     pre_acts = x @ W_enc.t()
     chosen = dense(torch.ones(24, 16, device=DEVICE), indices, 256) > 0
     exact = dense(torch.ones(24, 16, device=DEVICE), pre_acts.topk(16, 1).indices, 256) > 0
@@ -84,13 +85,14 @@ def test_select_works_through_many_tokens_in_parts(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tma", [False, True])
-def test_scores_are_the_product_and_the_maxima_are_those_of_its_groups(dtype, tma):
-    x, weight, bias = random(300, 24).to(dtype), random(150, 24, seed=1).to(dtype), random(150, seed=2) - 100  # a maximum below 0
-    scores, maxima = triton_select.scores(x, weight, bias, tma=tma)
+@pytest.mark.parametrize("n, group", [(150, 32), (152, 16), (200, 64)])
+def test_scores_are_the_product_and_the_maxima_are_those_of_its_groups(dtype, tma, n, group):
+    x, weight, bias = random(300, 24).to(dtype), random(n, 24, seed=1).to(dtype), random(n, seed=2) - 100  # a maximum below 0
+    scores, maxima = triton_select.scores(x, weight, bias, group, tma=tma)
     exact = x.float() @ weight.float().t() + bias
     torch.testing.assert_close(scores.float(), exact, **(EXACT if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-1}))
-    padded = torch.nn.functional.pad(scores.float(), (0, -150 % triton_select.GROUP), value=float("-inf"))
-    assert torch.equal(maxima.float(), padded.view(300, -1, triton_select.GROUP).amax(2))
+    padded = torch.nn.functional.pad(scores.float(), (0, -n % group), value=float("-inf"))
+    assert torch.equal(maxima.float(), padded.view(300, -1, group).amax(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -116,7 +118,17 @@ def test_a_row_that_is_not_a_number_still_yields_k_places_within_it():
 def test_groups_without_latents_are_never_chosen_from():
     values = random(3, 40)
     groups = torch.tensor([[1, 0]] * 3, dtype=torch.int32, device=DEVICE)  # group 1 has 8 latents only
-    check_are_largest(*triton_select.largest(values, 40, groups), values, 40)
+    check_are_largest(*triton_select.largest(values, 40, groups, 32), values, 40)
+
+
+def check_gradients(grouped, values, tokens, indices, n):
+    """The three gradients against products of the sparse matrices in full."""
+    grad, others = random(*values.shape, seed=5), random(*tokens.shape, seed=6).to(tokens.dtype)
+    found = triton_kernels.gradients(*grouped, grad, tokens, values, others, n)
+    slopes, latents = dense(grad, indices, n), dense(values, indices, n)
+    for ours, twin in zip(found, (slopes.t() @ tokens.float(), slopes.sum(0), latents.t() @ others.float())):
+        torch.testing.assert_close(ours, twin, rtol=1e-4, atol=1e-4)
+    return found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -129,16 +141,15 @@ def test_the_three_products_are_those_of_the_sparse_matrix(batch, d, k, n, dtype
         torch.testing.assert_close(triton_kernels.dot(tokens, indices, rows), active.dot(tokens, rows), rtol=1e-4, atol=1e-4)
         bias = random(d, seed=3)
         torch.testing.assert_close(triton_kernels.decode(values, indices, rows, bias), active.decode(values, rows, bias), rtol=1e-4, atol=1e-4)
-        for ours, twin in zip(triton_kernels.sum_pairs(*triton_kernels.group_by_latent(indices, n), values, tokens, n), active.sum_pairs(values, tokens)):
+        both = values.sin(), tokens, values, tokens.cos()
+        for ours, twin in zip(triton_kernels.gradients(*triton_kernels.group_by_latent(indices, n), *both, n), active.gradients(*both)):
             torch.testing.assert_close(ours, twin, rtol=1e-4, atol=1e-4)
         assert torch.equal(triton_kernels.fired(values, indices, n), active.fired(values.relu()))
     matrix, grouped = dense(values, indices, n), triton_kernels.group_by_latent(indices, n)
     torch.testing.assert_close(triton_kernels.decode(values, indices, rows), matrix @ rows.float(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(triton_kernels.dot(tokens, indices, rows), (tokens.float() @ rows.float().t()).gather(1, indices.long()),
                                rtol=1e-4, atol=1e-4)
-    rows, weights = triton_kernels.sum_pairs(*grouped, values, tokens, n)
-    torch.testing.assert_close(rows, matrix.t() @ tokens.float(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(weights, matrix.sum(0), rtol=1e-4, atol=1e-4)
+    check_gradients(grouped, values, tokens, indices, n)
 
 
 def test_a_latent_repeated_within_a_token_counts_each_time():
@@ -146,7 +157,7 @@ def test_a_latent_repeated_within_a_token_counts_each_time():
     tokens, rows, matrix = random(2, 5, seed=1), random(4, 5, seed=2), dense(values, indices, 4)
     grouped = triton_kernels.group_by_latent(indices, 4)
     torch.testing.assert_close(triton_kernels.decode(values, indices, rows), matrix @ rows, **EXACT)
-    torch.testing.assert_close(triton_kernels.sum_pairs(*grouped, values, tokens, 4)[0], matrix.t() @ tokens, **EXACT)
+    check_gradients(grouped, values, tokens, indices, 4)
 
 
 @pytest.mark.parametrize("offset", [0, 1, 15, 16, 17])
@@ -156,10 +167,8 @@ def test_a_latent_of_every_token_is_summed_wherever_its_pairs_begin(offset):
     indices[:offset] = 1  # moves the chunks against the latent; latents 0, 2 and 4 to 8 never fire
     indices[-chunk // 2:] = 7
     values, tokens = random(batch, 1), random(batch, 21, seed=1)
-    rows, weights = triton_kernels.sum_pairs(*triton_kernels.group_by_latent(indices, 9), values, tokens, 9)
-    torch.testing.assert_close(rows, dense(values, indices, 9).t() @ tokens, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(weights, dense(values, indices, 9).sum(0), rtol=1e-4, atol=1e-4)
-    assert not rows[[0, 2, 4, 5, 6, 8]].any() and not weights[[0, 2, 4, 5, 6, 8]].any()
+    for found in check_gradients(triton_kernels.group_by_latent(indices, 9), values, tokens, indices, 9):
+        assert not found[[0, 2, 4, 5, 6, 8]].any()
 
 
 def test_grouping_is_that_of_the_twin():
@@ -180,7 +189,7 @@ def test_adam_by_rows_is_tangent_gradient_then_adam_then_unit_norm(n, d, unit):
     for step in range(1, 5):
         grad = random(n, d, seed=step)
         tangent = grad - unit * (grad * twin.detach()).sum(1, keepdim=True) * twin.detach()
-        torch.testing.assert_close(triton_kernels.square_norm(grad, ours, unit), tangent.square().sum(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(triton_adam.square_norm(grad, ours, unit), tangent.square().sum(), rtol=1e-4, atol=1e-6)
         clip = 1 / tangent.norm().clamp_min(1)
         twin.grad = tangent * clip
         adam.step()
@@ -188,8 +197,8 @@ def test_adam_by_rows_is_tangent_gradient_then_adam_then_unit_norm(n, d, unit):
             with torch.no_grad():
                 twin /= twin.norm(dim=1, keepdim=True)
         kept = grad.clone()
-        factors = triton_kernels.adam_factors(torch.tensor(0.01, device=DEVICE), torch.tensor(float(step), device=DEVICE), 0.9, 0.999)
-        triton_kernels.adam_rows(ours, grad, m, v, clip, factors, beta1=0.9, beta2=0.999, eps=6.25e-10, unit=unit)
+        factors = triton_adam.adam_factors(torch.tensor(0.01, device=DEVICE), torch.tensor(float(step), device=DEVICE), 0.9, 0.999)
+        triton_adam.adam_rows(ours, grad, m, v, clip, factors, beta1=0.9, beta2=0.999, eps=6.25e-10, unit=unit)
         assert torch.equal(grad, kept)
         state = adam.state[twin]
         if d > 1 or not unit:  # in one dimension nothing but rounding is left of the gradient, and Adam makes it large
@@ -204,10 +213,11 @@ def test_adam_by_rows_is_tangent_gradient_then_adam_then_unit_norm(n, d, unit):
     "k is 9": lambda: triton_select.select(random(2, 3), random(8, 3), random(8), 9),
     "weight.dtype is torch.float64": lambda: triton_select.select(random(2, 3).double(), random(8, 3).double(), random(8).double(), 2),
     "tma is True": lambda: triton_select.scores(random(2, 3), random(8, 3), random(8), tma=True),
-    "starts is 3": lambda: triton_kernels.sum_pairs(*triton_kernels.group_by_latent(distinct(4, 2, 2), 2), random(4, 2), random(4, 3), 5),
+    "starts is 3": lambda: triton_kernels.gradients(*triton_kernels.group_by_latent(distinct(4, 2, 2), 2), random(4, 2), random(4, 3), random(4, 2), random(4, 3), 5),
+    "values is [4, 2]": lambda: triton_kernels.gradients(*triton_kernels.group_by_latent(distinct(4, 2, 2), 2), random(4, 2), random(4, 3), random(2, 4).t(), random(4, 3), 2),
 }.items())
 def test_an_argument_that_breaks_its_rule_is_named(name, call):
-    with pytest.raises(ValueError, match=name.replace(".", r"\.") + ".*: it must be"):
+    with pytest.raises(ValueError, match=re.escape(name) + ".*: it must be"):
         call()
 
 

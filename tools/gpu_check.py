@@ -25,17 +25,18 @@ TINY = "--tiny" in sys.argv
 if TINY:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
-from saelib import kernels, train, triton_kernels, triton_select  # noqa: E402
+from saelib import kernels, train, triton_adam, triton_kernels, triton_select  # noqa: E402
 from saelib.auxk import default_k_aux  # noqa: E402
 from saelib.sae import SAE  # noqa: E402
 
 DEVICE = "cpu" if TINY else "cuda"
 BATCH, D, N, K = (10, 16, 256, 4) if TINY else (8192, 768, 32768, 32)
+GROUP = 16 if TINY else 32
 ROUNDS, REPEATS = (1, 1) if TINY else (15, 4)
 BUDGET = 120  # seconds of timing
 QUEUE_CYCLES = 4_000_000  # about 2 ms: the launches to be timed queue up meanwhile, so that the host's pace is not timed
 LR, ADAM = torch.tensor(1e-3, device=DEVICE), {"beta1": 0.9, "beta2": 0.999, "eps": 6.25e-10}
-TILES = [(128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 3), (128, 128, 64, 8, 4), (256, 128, 64, 8, 3), (64, 256, 64, 4, 3)]
+TILES = [(128, 256, 64, 8, 3, 1), (128, 256, 64, 8, 4, 1), (128, 128, 64, 4, 3, 2), (256, 128, 64, 8, 3, 1), (64, 256, 64, 4, 3, 1)]
 
 
 def inputs():
@@ -60,14 +61,14 @@ def check_selecting(t):
         own, limit = (1e-6, 1e-6) if dtype == torch.float32 else (4e-3 if TINY else 2.5e-3, 4e-3)  # the interpreter cuts off where a GPU rounds
         exact = torch.addmm(t["b_enc"].double(), x.double(), weight.double().t())
         for tma in (True, False)[dtype == torch.float32:]:
-            pre_acts, maxima = triton_select.scores(x, weight, t["b_enc"], tma=tma)
+            pre_acts, maxima = triton_select.scores(x, weight, t["b_enc"], GROUP, tma=tma)
             yield f"scores {name} tma={tma}", error(pre_acts, exact), own
-            yield f"maxima {name} tma={tma}", error(maxima, pre_acts.view(BATCH, -1, triton_select.GROUP).amax(2)), 0.0
+            yield f"maxima {name} tma={tma}", error(maxima, pre_acts.view(BATCH, -1, GROUP).amax(2)), 0.0
         groups = triton_select.largest(maxima, min(K, maxima.shape[1]))[1]
         best = pre_acts.topk(K, 1)
-        yield f"largest of groups {name}", error(triton_select.largest(pre_acts, K, groups)[0].sort(1).values, best.values.float().sort(1).values), 0.0
+        yield f"largest of groups {name}", error(triton_select.largest(pre_acts, K, groups, GROUP)[0].sort(1).values, best.values.float().sort(1).values), 0.0
         yield f"largest of all {name}", error(triton_select.largest(pre_acts, K)[0].sort(1).values, best.values.float().sort(1).values), 0.0
-        values, indices = triton_select.select(x, t["W_enc"], t["b_enc"], K)
+        values, indices = triton_select.select(x, weight, t["b_enc"], K)
         yield f"select {name}: its own values", error(values, exact.gather(1, indices.long())), own
         yield f"select {name}: against the best", error(values.sort(1).values, exact.topk(K, dim=1).values.sort(1).values), limit
         twice = (indices.long().sort(1).values[:, 1:] == indices.long().sort(1).values[:, :-1]).double().mean()
@@ -82,17 +83,20 @@ def check_products(t):
     """Errors of the three products, each with its limit."""
     for dtype in (torch.float32, torch.bfloat16):
         name, rows, tokens = str(dtype)[6:], t["W_dec"].to(dtype), t["grad_out"].to(dtype)
-        values, indices = triton_select.select(t["x"].to(dtype), t["W_enc"], t["b_enc"], K)
+        values, indices = triton_select.select(t["x"].to(dtype), t["W_enc"].to(dtype), t["b_enc"], K)
         grouped = triton_kernels.group_by_latent(indices, N)
         matrix = torch.zeros(BATCH, N, dtype=torch.float64, device=DEVICE).scatter_add_(1, indices.long(), values.double())
         yield f"decode {name}", error(triton_kernels.decode(values, indices, rows), matrix @ rows.double()), 1e-6
         products = (tokens.double() @ rows.double().t()).gather(1, indices.long())
         yield f"dot {name}", error(triton_kernels.dot(tokens, indices, rows), products), 1e-6
-        out, weights = triton_kernels.sum_pairs(*grouped, values, tokens, N)
-        yield f"sum_pairs {name}", error(out, matrix.t() @ tokens.double()), 1e-6
-        yield f"sum_pairs {name}: of values", error(weights, matrix.sum(0)), 1e-6
-        again = triton_kernels.sum_pairs(*grouped, values, tokens, N)
-        yield f"sum_pairs {name}: two runs differ", float(not (torch.equal(out, again[0]) and torch.equal(weights, again[1]))), 0.0
+        grad, centred = values.sin(), t["x"].to(dtype)
+        slopes = torch.zeros_like(matrix).scatter_add_(1, indices.long(), grad.double())
+        exact = slopes.t() @ centred.double(), slopes.sum(0), matrix.t() @ tokens.double()
+        found, again = (triton_kernels.gradients(*grouped, grad, centred, values, tokens, N) for _ in range(2))
+        for which, ours, right, repeated in zip(("W_enc", "b_enc", "W_dec"), found, exact, again):
+            yield f"gradients {name}: of {which}", error(ours, right), 1e-6
+            yield f"gradients {name}: of {which}, two runs differ", float(not torch.equal(ours, repeated)), 0.0
+        yield f"fired {name}", float((triton_kernels.fired(values - 4, indices, N) != (matrix > 4).any(0)).sum()), 0.0
     share = (indices.long().flatten().bincount(minlength=N).max() / BATCH).item()
     print(f"   the most frequent latent fires for {share:.0%} of the tokens", flush=True)
 
@@ -106,15 +110,15 @@ def check_adam(t):
         for step in (1, 2, 3):
             grad, own = t["grad_rows"].double() * step, exact.detach()
             used = grad - unit * (grad * own).sum(1, keepdim=True) * own
-            yield f"square_norm {step}, unit={unit}", error(triton_kernels.square_norm(grad.float(), rows, unit), used.square().sum()), 1e-5
+            yield f"square_norm {step}, unit={unit}", error(triton_adam.square_norm(grad.float(), rows, unit), used.square().sum()), 1e-5
             clip = (1 / (used.norm() + 1e-6)).clamp(max=1.0)
             exact.grad = used * clip
             adam.step()
             if unit:
                 with torch.no_grad():
                     exact /= exact.norm(dim=1, keepdim=True)
-            factors = triton_kernels.adam_factors(LR, torch.tensor(float(step), device=DEVICE), ADAM["beta1"], ADAM["beta2"])
-            triton_kernels.adam_rows(rows, grad.float(), m, v, clip.float(), factors, **ADAM, unit=unit)
+            factors = triton_adam.adam_factors(LR, torch.tensor(float(step), device=DEVICE), ADAM["beta1"], ADAM["beta2"])
+            triton_adam.adam_rows(rows, grad.float(), m, v, clip.float(), factors, **ADAM, unit=unit)
         yield f"adam_rows, unit={unit}", error(rows, exact.detach()), 1e-6
         yield f"adam_rows, unit={unit}: m", error(m, adam.state[exact]["exp_avg"]), 1e-5
 
@@ -149,50 +153,51 @@ def contestants(t):
     """name -> (call, bytes as the docstrings count, least bytes, operations)."""
     x, W_enc, W_dec, b_enc, grad = (t[name] for name in ("x", "W_enc", "W_dec", "b_enc", "grad_out"))
     x16, W16, rows16, grad16, b16 = x.bfloat16(), W_enc.bfloat16(), W_dec.bfloat16(), grad.bfloat16(), b_enc.bfloat16()
-    values, indices = triton_select.select(x16, W_enc, b_enc, K)
+    values, indices = triton_select.select(x16, W16, b_enc, K)
     grouped, active = triton_kernels.group_by_latent(indices, N), kernels.Active(indices, N)
     active.by_latent  # grouped once, outside the timing of what uses it
-    scores, maxima = triton_select.scores(x16, W16, b_enc)
+    scores, maxima = triton_select.scores(x16, W16, b_enc, GROUP)
     big = torch.empty(2**24 if TINY else 2**30, dtype=torch.uint8, device=DEVICE)
     groups = triton_select.largest(maxima, min(K, maxima.shape[1]))[1]
     square, m, v = torch.randn(64 if TINY else 8192, 64 if TINY else 8192, device=DEVICE).bfloat16(), torch.zeros_like(W_dec), torch.zeros_like(W_dec)
     rows, clip, ops, out16, factors = W_dec.clone(), torch.ones(1, device=DEVICE), 2 * BATCH * N * D, torch.empty_like(scores), torch.ones(2, device=DEVICE)
     product = 2 * (BATCH * D + N * D + BATCH * N)
-    pairs, summed = 2 * BATCH * K * D, 2 * BATCH * K * D + 4 * (4 * BATCH * K + N * D)
+    pairs, summed = 2 * BATCH * K * D, 4 * BATCH * K * D + 4 * (6 * BATCH * K + 2 * N * D)
     gathered, least = 2 * BATCH * K * D + 4 * BATCH * (D + 2 * K), 2 * N * D + 4 * (BATCH * D + 2 * BATCH * K)
     all_of = {
         "copy": (lambda: big.clone(), 2 * big.numel(), 2 * big.numel(), 0),
         "square product bf16": (lambda: square @ square, 6 * len(square) ** 2, 6 * len(square) ** 2, 2 * len(square) ** 3),
         "encoder product bf16 (stock)": (lambda: torch.addmm(b16, x16, W16.t(), out=out16), product, product, ops),
-        "scores bf16": (lambda: triton_select.scores(x16, W16, b_enc), product, product, ops),
-        "maxima of the product (stock)": (lambda: scores.view(BATCH, -1, triton_select.GROUP).amax(2), 2 * BATCH * N, 2 * BATCH * N, 0),
+        "scores bf16": (lambda: triton_select.scores(x16, W16, b_enc, GROUP), product, product, ops),
+        "maxima of the product (stock)": (lambda: scores.view(BATCH, -1, GROUP).amax(2), 2 * BATCH * N, 2 * BATCH * N, 0),
         "largest maxima": (lambda: triton_select.largest(maxima, K), 2 * maxima.numel(), 2 * maxima.numel(), 0),
         "largest maxima (stock)": (lambda: maxima.topk(K, sorted=False), 2 * maxima.numel(), 2 * maxima.numel(), 0),
-        "largest of groups": (lambda: triton_select.largest(scores, K, groups), 64 * groups.numel(), 64 * groups.numel(), 0),
+        "largest of groups": (lambda: triton_select.largest(scores, K, groups, GROUP), 64 * groups.numel(), 64 * groups.numel(), 0),
         "largest of all": (lambda: triton_select.largest(scores, K), 2 * BATCH * N, 2 * BATCH * N, 0),
         "largest of all (stock topk)": (lambda: scores.topk(K, sorted=False), 2 * BATCH * N, 2 * BATCH * N, 0),
         "cast W_enc": (lambda: W_enc.bfloat16(), 6 * N * D, 6 * N * D, 0),
-        "select bf16": (lambda: triton_select.select(x16, W_enc, b_enc, K), product + 6 * N * D + 2 * BATCH * (N // 32 + 32 * K), 2 * BATCH * D + 4 * (N * D + 2 * BATCH * K), ops),
+        "select bf16": (lambda: triton_select.select(x16, W16, b_enc, K), product + 2 * BATCH * (N // GROUP + GROUP * K), 2 * BATCH * D + 2 * N * D + 8 * BATCH * K, ops),
         "decode": (lambda: triton_kernels.decode(values, indices, rows16), gathered, least, pairs),
         "decode fp32 (stock)": (lambda: active.decode(values, W_dec), 2 * gathered, 2 * least, pairs),
         "dot": (lambda: triton_kernels.dot(grad16, indices, rows16), gathered, least, pairs),
         "dot fp32 (stock)": (lambda: active.dot(grad, W_dec), 2 * gathered, 2 * least, pairs),
         "group": (lambda: triton_kernels.group_by_latent(indices, N), 40 * BATCH * K, 16 * BATCH * K, 0),
         "group (stock)": (lambda: kernels.Active(indices, N).by_latent, 40 * BATCH * K, 16 * BATCH * K, 0),
-        "sum_pairs": (lambda: triton_kernels.sum_pairs(*grouped, values, grad16, N), summed, 2 * BATCH * D + 4 * (N * D + 4 * BATCH * K), pairs),
-        "sum_tokens fp32 (stock)": (lambda: active.sum_tokens(values, grad), 2 * summed, least, pairs),
-        "square_norm unit": (lambda: triton_kernels.square_norm(t["grad_rows"], rows, True), 8 * N * D, 8 * N * D, 0),
-        "square_norm": (lambda: triton_kernels.square_norm(t["grad_rows"], rows, False), 4 * N * D, 4 * N * D, 0),
-        "adam_rows unit": (lambda: triton_kernels.adam_rows(rows, t["grad_rows"], m, v, clip, factors, **ADAM, unit=True), 28 * N * D, 28 * N * D, 0),
-        "adam_rows": (lambda: triton_kernels.adam_rows(rows, t["grad_rows"], m, v, clip, factors, **ADAM, unit=False), 28 * N * D, 28 * N * D, 0),
+        "gradients": (lambda: triton_kernels.gradients(*grouped, values, x16, values, grad16, N), summed, 4 * BATCH * D + 4 * (2 * N * D + 6 * BATCH * K), 2 * pairs),
+        "gradients fp32 (stock)": (lambda: active.gradients(values, x, values, grad), 2 * summed, 8 * BATCH * D + 4 * (2 * N * D + 6 * BATCH * K), 2 * pairs),
+        "fired": (lambda: triton_kernels.fired(values, indices, N), 8 * BATCH * K + 2 * N, 8 * BATCH * K + 2 * N, 0),
+        "square_norm unit": (lambda: triton_adam.square_norm(t["grad_rows"], rows, True), 8 * N * D, 8 * N * D, 0),
+        "square_norm": (lambda: triton_adam.square_norm(t["grad_rows"], rows, False), 4 * N * D, 4 * N * D, 0),
+        "adam_rows unit": (lambda: triton_adam.adam_rows(rows, t["grad_rows"], m, v, clip, factors, **ADAM, unit=True), 28 * N * D, 28 * N * D, 0),
+        "adam_rows": (lambda: triton_adam.adam_rows(rows, t["grad_rows"], m, v, clip, factors, **ADAM, unit=False), 28 * N * D, 28 * N * D, 0),
         "square_norm unit + adam_rows unit (stock)": (stock_adam(t), 80 * N * D, 28 * N * D, 0),
         "select fp32": (lambda: triton_select.select(x, W_enc, b_enc, K), 2 * product, 4 * (BATCH * D + N * D), ops),
         "encoder product fp32 (stock)": (lambda: torch.addmm(b_enc, x, W_enc.t()), 2 * product, 2 * product, ops),
     }
-    for down, across, inner, warps, stages in [] if TINY else TILES:
-        config = {"BLOCK_M": down, "BLOCK_N": across, "BLOCK_K": inner, "num_warps": warps, "num_stages": stages}
-        all_of[f"scores bf16 {down}x{across}x{inner}, {warps} warps, {stages} stages"] = (
-            partial(triton_select.scores, x16, W16, b_enc, **config), product, product, ops)
+    for down, across, inner, warps, stages, a_core in [] if TINY else TILES:
+        config = {"BLOCK_M": down, "BLOCK_N": across, "BLOCK_K": inner, "num_warps": warps, "num_stages": stages, "A_CORE": a_core}
+        all_of[f"scores bf16 {down}x{across}x{inner}, {warps} warps, {stages} stages, {a_core} a core"] = (
+            partial(triton_select.scores, x16, W16, b_enc, GROUP, **config), product, product, ops)
     return all_of
 
 
