@@ -9,6 +9,7 @@ from saelib import kernels, losses, selection
 from saelib.sae import SAE
 
 FEW_OF_MANY = 8  # dead latents for each active one from which AuxK takes the sparse path: about there both cost the same
+FEW_OF_MANY_ON_GPU = 64  # the same where matrix products are cheap
 
 
 def default_k_aux(d_model: int) -> int:
@@ -44,7 +45,7 @@ def auxk_term(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int, prec
     bias, some = sae.b_enc[dead], 1
     if is_dead is not None:
         bias, some = torch.where(is_dead, bias, -torch.inf), is_dead.any()
-    if len(dead) > FEW_OF_MANY * k_aux:
+    if len(dead) > (FEW_OF_MANY_ON_GPU if x.is_cuda else FEW_OF_MANY) * k_aux:
         return losses.auxk(x - x_hat, kernels.autoencode(x, sae.b_pre, encoder, bias, decoder, k_aux, precision=precision)[0]) * some
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
         latents = torch.relu(F.linear(x - sae.b_pre, encoder, bias))

@@ -3,7 +3,7 @@
 A step of a small autoencoder keeps a GPU busy for less time than Python needs to launch it. What is recorded is fixed, shapes
 and addresses too. So a batch is copied to where the recorded one lay; what the host changes (the learning rate, the scale of
 the penalty, the latents that may be dead) lies in tensors that it writes to before; and there is a recording for each number of
-such latents. A step that waits for the device can't be recorded.
+such latents. They take turns, and so share their memory. A step that waits for the device can't be recorded.
 """
 import threading
 
@@ -26,7 +26,7 @@ class Recorded:
 
     def __init__(self, loop, x: Tensor, precision: str):
         self.x, self.graph = x.clone(), torch.cuda.CUDAGraph()
-        with RECORDING, torch.cuda.graph(self.graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+        with RECORDING, torch.cuda.graph(self.graph, loop.pool, torch.cuda.Stream(), capture_error_mode="thread_local"):
             out, terms = loop.forward(self.x, "sparse", precision)
             self.l0 = out.l0()
             self.terms = loop.backward(terms)

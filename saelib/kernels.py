@@ -54,6 +54,11 @@ class Active:
         tokens = torch.arange(len(lengths), dtype=flat.dtype, device=flat.device).repeat_interleave(lengths, output_size=len(flat))
         return order, tokens[order], starts
 
+    @staticmethod
+    def centre(x: Float[Tensor, "batch d"], bias: Float[Tensor, " d"], dtype: torch.dtype) -> Float[Tensor, "batch d"]:
+        """x - bias as `dtype`: what the products below get for tokens."""
+        return (x - bias).to(dtype)
+
     def decode(self, values: Float[Tensor, "*pairs"], rows: Float[Tensor, "n_latents d"], bias: Float[Tensor, " d"] | None = None,
                ) -> Float[Tensor, "batch d"]:
         """out_b = Σ_j values_bj rows[indices_bj] + bias: the sparse matrix times `rows`."""
@@ -97,6 +102,11 @@ class ActiveOnGPU(Active):
     def by_latent(self) -> tuple[Tensor, ...]:
         from saelib import triton_kernels
         return triton_kernels.group_by_latent(self.indices, self.n_latents)
+
+    @staticmethod
+    def centre(x, bias, dtype):
+        from saelib import triton_kernels
+        return triton_kernels.centre(x, bias, dtype)
 
     def decode(self, values, rows, bias=None):
         from saelib import triton_kernels
@@ -164,10 +174,11 @@ class _Autoencode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, b_pre, W_enc, b_enc, W_dec, b_out, choice, dtype, copies):
         encoder, decoder = operand(W_enc, dtype, copies, "W_enc"), operand(W_dec, dtype, copies, "W_dec")
-        centred = torch.sub(x, b_pre, out=torch.empty_like(x, dtype=dtype))
+        active_on = ActiveOnGPU if on_gpu(x) else Active
+        centred = active_on.centre(x, b_pre, dtype)
         values, indices = choice(centred, encoder)
         values.relu_()
-        active = (ActiveOnGPU if on_gpu(x) else Active)(indices, len(W_enc))
+        active = active_on(indices, len(W_enc))
         ctx.active, ctx.has_b_out = active, b_out is not None
         ctx.save_for_backward(centred, encoder, decoder, values)
         ctx.set_materialize_grads(False)

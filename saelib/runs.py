@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from saelib import metrics, native, sources, subjects
+from saelib.methods import Method
 from saelib.sae import SAE, geometric_median
 from saelib.train import paper_lr, train
 
@@ -44,7 +45,7 @@ class RunConfig:
     auxk_coef: float = 1 / 32
     dead_after: int | None = None
     ema_decay: float = 0.0
-    path: str = "sparse"
+    path: str = "auto"
     precision: str = "auto"
 
     def __post_init__(self):
@@ -75,6 +76,13 @@ def pick_precision(precision: str, device: str, n_weights: int) -> str:
     return "bf16" if n_weights >= BF16_WEIGHTS and subjects.fast_dtype(device) == torch.bfloat16 else "fp32"
 
 
+def pick_path(path: str, device: str, method: Method) -> str:
+    """The path that "auto" stands for: on a GPU the recorded step where the method's can be recorded, else the sparse one."""
+    if path != "auto":
+        return path
+    return "graph" if device == "cuda" and not method.waits else "sparse"
+
+
 def pick_device(device: str) -> str:
     """The device that "auto" stands for: the GPU if there is one."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -96,7 +104,7 @@ def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", 
 
     history = train(sae, batches, n_steps, lr=config.lr,
                     penalty_warmup=config.penalty_warmup, auxk_coef=config.auxk_coef, dead_after=config.dead_after,
-                    ema_decay=config.ema_decay, path=config.path, checkpoint=checkpoint,
+                    ema_decay=config.ema_decay, path=pick_path(config.path, device, sae.method), checkpoint=checkpoint,
                     precision=pick_precision(config.precision, device, sae.W_enc.numel()),
                     on_step=on_tokens and (lambda step: on_tokens(min(batch_size, config.n_tokens - (step - 1) * batch_size))))
     seconds = time.monotonic() - start
@@ -107,7 +115,7 @@ def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", 
 
 
 def fit(source: Tensor | sources.Source, method: str = "topk", sparsity: float = 32, *, n_latents: int, n_tokens: int,
-        batch_size: int = 1024, lr: float | None = None, seed: int = 0, device: str = "auto", path: str = "sparse",
+        batch_size: int = 1024, lr: float | None = None, seed: int = 0, device: str = "auto", path: str = "auto",
         progress: bool = True) -> Fit:
     """Train a sparse autoencoder on activations.
 
@@ -121,7 +129,8 @@ def fit(source: Tensor | sources.Source, method: str = "topk", sparsity: float =
         lr: peak learning rate; the paper's rule, 2e-4 sqrt(2^14 / n_latents), if None.
         seed: of the initial weights and the order of the tokens.
         device: "cpu", "cuda", or "auto".
-        path: "sparse"; "native" on a CPU and "graph" on a GPU may be faster (see `saelib.native` and `saelib.graphs`).
+        path: "sparse"; "graph", which records a step on a GPU (see `saelib.graphs`); "native", compiled for a CPU (see `saelib.native`);
+            "dense"; or "auto", the recorded step on a GPU and the sparse path on a CPU.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -185,5 +194,6 @@ def run(config: RunConfig, device: str = "auto", on_tokens=None, checkpoint: Pat
     """
     device = pick_device(device)
     result = fit_source(open_source(config, device), config, device, on_tokens, checkpoint)
-    made = provenance(device) | {"precision": pick_precision(config.precision, device, result.sae.W_enc.numel())}
+    made = provenance(device) | {"precision": pick_precision(config.precision, device, result.sae.W_enc.numel()),
+                                 "path": pick_path(config.path, device, result.sae.method)}
     return {"config": asdict(config), "metrics": result.metrics, "provenance": made, "date": time.strftime("%Y-%m-%d")}

@@ -35,7 +35,7 @@ class Loop:
         on_gpu, device = sae.W_dec.is_cuda, sae.W_dec.device
         # what changes from step to step lies in tensors, where a recorded step finds it (see `saelib.graphs`)
         self.adam = torch.optim.Adam(sae.parameters(), torch.tensor(lr, device=device), BETAS, EPS, fused=True, capturable=on_gpu)
-        self.penalty_scale, self.recorded = torch.ones((), device=device), {}
+        self.penalty_scale, self.recorded, self.pool = torch.ones((), device=device), {}, torch.cuda.graph_pool_handle() if on_gpu else None
         self.look_every, self.n_candidates, self.candidates = LOOK_EVERY if on_gpu else 0, 0, {}
         for p in sae.parameters():  # as Adam makes it at its first step; here it lies below what comes and goes
             self.adam.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}

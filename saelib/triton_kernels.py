@@ -29,6 +29,22 @@ def block(size: int, on_gpu: int, interpreted: int = 16) -> int:
 
 @triton.jit
 @no_type_check
+def _centre(x, bias, out, size, d, BLOCK: tl.constexpr):
+    """Some numbers."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + place, mask=place < size, other=0.0) - tl.load(bias + place % d, mask=place < size, other=0.0)
+    tl.store(out + place, value.to(out.dtype.element_ty), mask=place < size)
+
+
+def centre(x: Float[Tensor, "batch d"], bias: Float[Tensor, " d"], dtype: torch.dtype) -> Float[Tensor, "batch d"]:
+    """x - bias, subtracted in fp32 and given as `dtype`. Bytes: (4 + s) B d."""
+    out, size = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format), block(x.numel(), 1024, 64)
+    _centre[(triton.cdiv(x.numel(), size),)](x.contiguous(), bias.contiguous(), out, x.numel(), x.shape[1], size)
+    return out
+
+
+@triton.jit
+@no_type_check
 def _dot(tokens, indices, rows, out, k, d, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
     """Some of one token's products."""
     token, slot = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)

@@ -44,7 +44,7 @@ def played(monkeypatch):
     recorded = []
 
     @contextlib.contextmanager
-    def record(graph, **options):
+    def record(graph, pool, stream, **options):
         recorded.append(graph)
         state = {key: value.clone() for key, value in graph.watched().items()}
         with graph:

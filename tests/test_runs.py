@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import saelib
-from saelib import profiles, runs, sweeps
+from saelib import methods, profiles, runs, sweeps
 from saelib.runs import RunConfig
 
 
@@ -54,7 +54,7 @@ def test_the_batch_is_never_larger_than_the_run():
 def test_a_row_says_what_was_asked_measured_and_where(tmp_path):
     row = saelib.run(config())
     assert row["config"]["sparsity"] == 4 and row["metrics"]["l0"] <= 4
-    assert {"saelib", "torch", "python", "hardware", "commit", "code", "precision"} == set(row["provenance"])
+    assert {"saelib", "torch", "python", "hardware", "commit", "code", "precision", "path"} == set(row["provenance"])
     assert json.loads(json.dumps(row)) == row
 
 
@@ -131,6 +131,13 @@ def test_importing_saelib_loads_no_transformers_and_no_plots():
     import subprocess
     code = "import sys, saelib; print([m for m in ('transformers', 'datasets', 'IPython', 'pandas', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("method, wanted", [("topk", "graph"), ("relu", "graph"), ("batchtopk", "sparse")])
+def test_the_path_is_recorded_steps_on_a_gpu_for_methods_that_do_not_wait(method, wanted):
+    made = methods.make(method, 64, 4)
+    assert runs.pick_path("auto", "cuda", made) == wanted and runs.pick_path("auto", "cpu", made) == "sparse"
+    assert runs.pick_path("dense", "cuda", made) == "dense"
 
 
 def test_the_precision_is_chosen_by_hardware_and_size_and_can_be_set():

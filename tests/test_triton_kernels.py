@@ -145,6 +145,8 @@ def test_the_three_products_are_those_of_the_sparse_matrix(batch, d, k, n, dtype
         for ours, twin in zip(triton_kernels.gradients(*triton_kernels.group_by_latent(indices, n), *both, n), active.gradients(*both)):
             torch.testing.assert_close(ours, twin, rtol=1e-4, atol=1e-4)
         assert torch.equal(triton_kernels.fired(values, indices, n), active.fired(values.relu()))
+        for given in (dtype, torch.bfloat16):
+            torch.testing.assert_close(triton_kernels.centre(tokens, bias, given), active.centre(tokens, bias, given), rtol=1e-2, atol=1e-6)
     matrix, grouped = dense(values, indices, n), triton_kernels.group_by_latent(indices, n)
     torch.testing.assert_close(triton_kernels.decode(values, indices, rows), matrix @ rows.float(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(triton_kernels.dot(tokens, indices, rows), (tokens.float() @ rows.float().t()).gather(1, indices.long()),
