@@ -8,8 +8,6 @@ Each table is one interleaved run (see `saelib.timing`), written when it is done
 are those that fit into eight minutes. Other libraries take part where they are installed (see `saelib.peers`).
 """
 import argparse
-import json
-import os
 import statistics
 import sys
 import time
@@ -21,19 +19,21 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from saelib import metrics, runs, subjects, sweeps, timing
-from saelib.contestants import CASES, RELU, Floor, Ours, Setting, auto_name, fast_paths, floors, ours, plain
+from saelib import metrics, profiles, runs, subjects, sweeps, timing
+from saelib.contestants import CASES, RELU, Floor, Ours, Setting, auto, auto_name, fast_paths, floors, ours, plain
 from saelib.parts import large_copy, parts, predict
 from saelib.peers import peers
+from saelib.runs import RunConfig
+from saelib.speed_rows import identity, store, text
 
-RESULTS = Path(__file__).parents[1] / "book" / "results" / "speed.jsonl"
 FIRST, WIDE = Setting(256, 4096, 32, 2048), Setting(768, 12288, 32, 4096)
 ON_GPU = [Setting(768, n, 32, batch, "cuda") for n in (32768, 131072) for batch in (8192, 65536)]
 AXES = {"n_latents": [2**i for i in range(10, 17)], "k": [2**i for i in range(3, 9)], "batch_size": [2**i for i in range(8, 14)]}
-FIT_STEPS = 40
+FIT_STEPS = {"cpu": 40, "cuda": 400}  # a GPU's first steps are recorded
 PROCESSES = 7
 HARVESTED, LOADED = ("pygpt", "minilm"), Setting(0, 0, 32, 1024)
 TARGET_MSE, TARGET_LR, TARGET_STEPS, TARGET_EVERY, TARGET_TOKENS = 0.2, 4e-3, 100, 5, 200_000
+FRONTIER = ("topk", 32), ("topk", 64), ("relu", 0.04), ("relu", 0.11)  # of the profile "gpu", at each of its sizes for `pygpt`
 GEMM = {"cpu": ("floor", "GEMM fp32"), "cuda": ("floor", "GEMM bf16")}
 
 
@@ -50,21 +50,21 @@ def steps(settings: list[Setting], cases: tuple[str, ...], seconds: float, table
 
 def whole_fit(s: Setting, seconds: float) -> Iterator[dict]:
     """`saelib.fit` as a user calls it: the time of its training loop, with loader and counters, over its steps."""
-    gemm, own = floors(s)[GEMM[s.device]](), Ours(s, "topk", precision=auto_name(s).split()[-1])
+    gemm, own, n_steps = floors(s)[GEMM[s.device]](), Ours(s, "topk", *auto(s)), FIT_STEPS[s.device]
     batches, data = s.batches(), torch.cat(s.batches(8)).cpu()  # where a user has them
     times, n_dead = {"GEMM": [], "one step": [], "fit": []}, 0
     for number in timing.rounds(seconds, "fit"):
         x = batches[number % len(batches)]
-        times["GEMM"] += [statistics.median(timing.seconds_of(gemm.step, x) for _ in range(5))]
-        times["one step"] += [statistics.median(timing.seconds_of(own.step, x) for _ in range(5))]
-        fitted = runs.fit(data, "topk", s.k, n_latents=s.n_latents, n_tokens=FIT_STEPS * s.batch_size, batch_size=s.batch_size,
+        times["GEMM"] += [statistics.median(timing.seconds_of(gemm.step, x, timing.repeats_on(x)) for _ in range(5))]
+        times["one step"] += [statistics.median(timing.seconds_of(own.step, x, timing.repeats_on(x)) for _ in range(5))]
+        fitted = runs.fit(data, "topk", s.k, n_latents=s.n_latents, n_tokens=n_steps * s.batch_size, batch_size=s.batch_size,
                           device=s.device, progress=False)
-        times["fit"] += [fitted.metrics["seconds"] / FIT_STEPS]
+        times["fit"] += [fitted.metrics["seconds"] / n_steps]
         n_dead = round(fitted.history[-1]["dead_fraction"] * s.n_latents)
     for name, values in times.items():
         yield {"table": "fit", "setting": asdict(s), "auto": auto_name(s), "case": "topk", "name": name, "ms": timing.quartiles(values, 1e3),
                "ratio": timing.quartiles([value / gemm_value for value, gemm_value in zip(values, times["GEMM"])]), "rounds": len(values),
-               "differs": f"{FIT_STEPS} steps, {n_dead} dead at the end" if name == "fit" else ""}
+               "differs": f"{n_steps} steps, {n_dead} dead at the end" if name == "fit" else ""}
 
 
 def curves(s: Setting, seconds: float) -> Iterator[dict]:
@@ -98,7 +98,7 @@ def memory(settings: list[Setting]) -> Iterator[dict]:
     for s in settings:
         weights = 2 * s.n_latents * s.d_model + s.n_latents + s.d_model
         needed = 4 * (4 * weights + 256 * s.n_latents + s.batch_size * s.d_model)  # parameters, gradients, two moments; a block; the batch
-        precision = auto_name(s).split()[-1]
+        precision = auto(s)[1]
         peaks = [timing.peak_of_training(s.d_model, s.n_latents, s.k, s.batch_size, precision) for _ in range(PROCESSES)]
         yield {"table": "memory", "setting": asdict(s), "case": "topk", "name": f"saelib, {precision}", "peak_bytes": statistics.median(peaks),
                "needed_bytes": needed, "ratio": timing.quartiles([peak / needed for peak in peaks]), "rounds": PROCESSES}
@@ -128,6 +128,21 @@ def target(device: str) -> Iterator[dict]:
         yield {"table": "target", "setting": asdict(s), "auto": auto_name(s), "case": case, "name": name, "target": TARGET_MSE, "seconds": reached,
                "normalized_mse": trace[-1][1], "tokens": TARGET_STEPS * s.batch_size, "trace": trace}
     yield from ({"table": "target", "setting": asdict(s), "case": case, "name": name, "failed": why} for (case, name), why in failed.items())
+
+
+def frontier(device: str) -> Iterator[dict]:
+    """Twelve members of the frontier of profile "gpu" on `pygpt`, trained as `sweep` does: seconds on the clock, from the open source to the rows."""
+    s = profiles.PROFILES["frontier"]["gpu"]
+    configs = [RunConfig("pygpt", method, sparsity, n, s["n_tokens"], s["batch_size"], profiles.lr_of("pygpt", method, "gpu"), 0, s["source_tokens"])
+               for n in s["n_latents"]["pygpt"] for method, sparsity in FRONTIER]
+    begin = time.monotonic()
+    runs.open_source(configs[0], device)
+    opened = time.monotonic()
+    rows = sweeps.sweep(configs, device=device)
+    members = [{name: row["config"][name] for name in ("method", "sparsity", "n_latents", "lr")}
+               | {name: float(f"{row['metrics'][name]:.4g}") for name in ("normalized_mse", "l0", "dead_fraction", "seconds")} for row in rows]
+    yield {"table": "frontier", "setting": {"subject": "pygpt", "n_tokens": s["n_tokens"], "batch_size": s["batch_size"], "device": device}, "case": "frontier",
+           "name": f"{len(configs)} members", "seconds": time.monotonic() - opened, "seconds_to_open": opened - begin, "members": members}
 
 
 def harvesting(device: str, seconds: float) -> Iterator[dict]:
@@ -165,53 +180,14 @@ def loading(device: str, seconds: float) -> Iterator[dict]:
 def tables(device: str, seconds: float) -> dict[str, tuple]:
     """Name -> (what yields the table's rows, its arguments); the seconds are shared out."""
     if device == "cuda":
-        return {"steps": (steps, ON_GPU, ("topk", "auxk"), seconds * 0.6), "fit": (whole_fit, ON_GPU[0], seconds * 0.05),
-                "harvest": (harvesting, device, seconds * 0.05), "load": (loading, device, seconds * 0.03), "target": (target, device)}
+        return {"steps": (steps, ON_GPU[:1], ("topk", "auxk"), seconds * 0.1), "larger": (steps, ON_GPU[1:], ("topk",), seconds * 0.3),
+                "fit": (whole_fit, ON_GPU[0], seconds * 0.05), "frontier": (frontier, device), "harvest": (harvesting, device, seconds * 0.05),
+                "load": (loading, device, seconds * 0.03), "target": (target, device)}
     return {"steps": (steps, [FIRST], CASES[:3], seconds * 0.2), "few": (steps, [FIRST], CASES[3:], seconds * 0.05, "few"),
             "wide": (steps, [WIDE], ("topk",), seconds * 0.15),
             "fit": (whole_fit, FIRST, seconds * 0.05), "memory": (memory, [FIRST, WIDE]), "parts": (taken_apart, [FIRST, WIDE], seconds * 0.15),
             "harvest": (harvesting, device, seconds * 0.05), "load": (loading, device, seconds * 0.03),
             "target": (target, device), "curves": (curves, FIRST, seconds * 0.25)}
-
-
-def text(rows: list[dict]) -> str:
-    """The rows of one table as lines to read."""
-    lines = [f"\n{rows[0]['table']}: " + ", ".join(f"{name} {value}" for name, value in rows[0]["setting"].items())]
-    for row in rows:
-        said = f"{row['case']:8} {row['name']:20}"
-        if "failed" in row:
-            said += f" failed: {row['failed']}"
-        if "ms" in row:
-            said += f" {row['ms']['median']:9.2f} ms [{row['ms']['q1']:.2f}, {row['ms']['q3']:.2f}]"
-        if "ratio" in row:
-            said += f" {row['ratio']['median']:7.3f} [{row['ratio']['q1']:.3f}, {row['ratio']['q3']:.3f}]"
-        if "predicted_ms" in row:
-            said += f"  predicted {row['predicted_ms']:.2f} ms by {row['bound']}"
-        if "target" in row:
-            said += f" {row['seconds'] or float('nan'):7.2f} s to {row['target']}; {row['normalized_mse']:.4f} in the end"
-        lines.append(said + (f"  ({row['differs']})" if row.get("differs") else ""))
-    return "\n".join(lines)
-
-
-def committed(table: str, setting: Setting | None = None, device: str = "cpu") -> list[dict]:
-    """The rows of one table, at one setting if it has several, that `make bench` left in the repository and that did not fail."""
-    rows = [row for row in sweeps.read_rows(RESULTS) if row["table"] == table and "failed" not in row]
-    return [row for row in rows if (row["setting"] == asdict(setting) if setting else row["setting"]["device"] == device)]
-
-
-def identity(row: dict) -> tuple:
-    """What a newer row replaces: the same table at the same setting."""
-    return row["table"], row.get("axis"), json.dumps(row["setting"])
-
-
-def store(rows: list[dict], path: Path) -> None:
-    """Put rows into a file of JSON lines, in the place of older ones of the same tables and settings. Whole or not at all."""
-    new = {identity(row) for row in rows}
-    kept = [row for row in sweeps.read_rows(path) if identity(row) not in new] + rows
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    partial.replace(path)
 
 
 def main(arguments: list[str] | None = None) -> None:

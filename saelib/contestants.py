@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saelib import native, runs, sources, subjects, train
-from saelib.methods import keep_largest
+from saelib.methods import TopK, keep_largest
 from saelib.sae import SAE
 
 CASES = ("topk", "auxk", "relu", "relu_few")
@@ -138,8 +138,8 @@ def floors(setting: Setting) -> dict[tuple[str, str], Callable[[], Floor]]:
     @cache
     def product(dtype: torch.dtype) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         out = torch.empty(setting.batch_size, setting.n_latents, dtype=dtype, device=setting.device)
-        weight, bias = sae.W_enc.to(dtype).t(), sae.b_enc.to(dtype)
-        return out, lambda x: torch.addmm(bias, x.to(dtype), weight, out=out)
+        weight, bias, cast = sae.W_enc.to(dtype).t(), sae.b_enc.to(dtype), cache(lambda x: x.to(dtype))  # the product alone is timed
+        return out, lambda x: torch.addmm(bias, cast(x), weight, out=out)
 
     def top_k() -> Callable[[Tensor], object]:
         out, fill = product(dtype)
@@ -174,11 +174,8 @@ def ours(setting: Setting, case: str, lr: float = LR, paths: tuple[str, ...] = (
         return lambda: Ours(setting, case, path, precision, lr)
 
     precisions = ["fp32"] * (setting.device == "cpu") + ["bf16"] * (subjects.fast_dtype(setting.device) == torch.bfloat16)
-    made = {", ".join(["saelib", precision] + [path] * (path != "sparse")): make(path, precision)
-            for path in paths if path != "dense" for precision in precisions}
-    if "dense" in paths:
-        made["saelib, dense twin"] = make("dense", precisions[0])
-    return {(case, name): one for name, one in made.items()}
+    return {(case, name_of(path, precision)): make(path, precision)
+            for path in paths for precision in (precisions[:1] if path == "dense" else precisions)}
 
 
 def fast_paths(device: str) -> tuple[str, ...]:
@@ -191,6 +188,17 @@ def plain(setting: Setting, case: str, lr: float = LR) -> dict[tuple[str, str], 
     return {(case, "plain loop"): lambda: Plain(setting, case, lr)}
 
 
+def auto(setting: Setting) -> tuple[str, str]:
+    """Path and precision that `fit` would choose for TopK at this size, by the rules of `runs`."""
+    return (runs.pick_path("auto", setting.device, TopK(setting.n_latents, setting.k)),
+            runs.pick_precision("auto", setting.device, setting.d_model * setting.n_latents))
+
+
+def name_of(path: str, precision: str) -> str:
+    """What a contestant of ours is called."""
+    return "saelib, dense twin" if path == "dense" else ", ".join(["saelib", precision] + [path] * (path != "sparse"))
+
+
 def auto_name(setting: Setting) -> str:
-    """The contestant that `fit` would be at this size, by the rule of `runs.pick_precision`."""
-    return f"saelib, {runs.pick_precision('auto', setting.device, setting.d_model * setting.n_latents)}"
+    """The contestant that `fit` would be at this size."""
+    return name_of(*auto(setting))

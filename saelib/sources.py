@@ -72,7 +72,7 @@ class Source:
         if device == "cpu" or 2 * n_bytes > torch.cuda.mem_get_info()[0]:
             return self
         there = copy(self)
-        there.shards = [shard.to(device) for shard in self.shards]
+        there.shards = [torch.cat([shard.to(device) for shard in self.shards])]  # one: a batch from many waits for the device
         return there
 
     def batches(self, batch_size: int, n_steps: int, seed: int, start: int = 0) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from saelib import bench, contestants, parts, peers, speed_plots, timing
+from saelib import bench, contestants, parts, peers, profiles, speed_plots, speed_rows, timing
 from saelib.contestants import CASES, RELU, Ours, Plain, Setting
 
 TINY = Setting(32, 320, 4, 64)
@@ -17,7 +17,7 @@ def small(monkeypatch):
     monkeypatch.setattr(bench, "FIRST", TINY)
     monkeypatch.setattr(bench, "WIDE", Setting(32, 160, 2, 32))
     monkeypatch.setattr(bench, "AXES", {"n_latents": [160, 320], "k": [2], "batch_size": [32, 64]})
-    monkeypatch.setattr(bench, "FIT_STEPS", 12)
+    monkeypatch.setattr(bench, "FIT_STEPS", {"cpu": 12})
     monkeypatch.setattr(bench, "HARVESTED", ("pygpt",))
     monkeypatch.setattr(parts, "COPY_FLOATS", 2**12)
 
@@ -127,13 +127,22 @@ def test_seconds_to_a_target_come_with_the_error_after_equal_tokens(small, monke
     assert rows["saelib, fp32"]["normalized_mse"] == pytest.approx(rows["plain loop"]["normalized_mse"], rel=1e-3)
 
 
+def test_the_frontier_is_the_profile_s_and_reports_every_member(monkeypatch):
+    monkeypatch.setitem(profiles.PROFILES["frontier"], "gpu", profiles.PROFILES["frontier"]["gpu"] | dict(
+        source_tokens=3000, n_tokens=2000, batch_size=500, n_latents={"pygpt": (64, 128)}))
+    row, = bench.frontier("cpu")
+    assert [(m["method"], m["sparsity"], m["n_latents"]) for m in row["members"]] == [(*knob, n) for n in (64, 128) for knob in bench.FRONTIER]
+    assert row["seconds"] > 0 and all(0 < m["normalized_mse"] < 2 for m in row["members"])
+    assert "8 members" in speed_rows.text([row]) and f"{row['seconds']:.1f} s" in speed_rows.text([row])
+
+
 def test_main_prints_a_table_and_keeps_its_rows_once(small, tmp_path, capsys):
     for _ in range(2):
         bench.main(["--device", "cpu", "--only", "steps", "curves", "--seconds-limit", "0", "--out", str(tmp_path / "speed.jsonl")])
     said = capsys.readouterr().out
     assert "steps: d_model 32, n_latents 320, k 4, batch_size 64, device cpu" in said and "saelib, dense twin" in said
     rows = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
-    keys = [(*bench.identity(row), row["case"], row["name"]) for row in rows]
+    keys = [(*speed_rows.identity(row), row["case"], row["name"]) for row in rows]
     assert len(keys) == len(set(keys))
     assert {"torch", "hardware", "commit", "processor", "threads"} <= set(rows[0]["provenance"])
     with pytest.raises(SystemExit):
