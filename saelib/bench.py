@@ -172,7 +172,7 @@ def loading(device: str, seconds: float) -> Iterator[dict]:
         s = replace(LOADED, d_model=source.d_model, n_latents=4 * source.d_model, device=device)
         endless = source.batches(s.batch_size, 10**9, 0)
         step = ("topk", auto_name(s))
-        makers = {step: ours(s, "topk")[step], ("data", "loader"): lambda: Floor(lambda x: next(endless).to(device))}
+        makers = {step: ours(s, "topk", paths=auto(s)[:1])[step], ("data", "loader"): lambda: Floor(lambda x: next(endless).to(device))}
         rows = timing.compare(makers, [next(endless).to(device) for _ in range(2)], step, seconds / len(HARVESTED), f"load {subject}")
         yield from ({"table": "load", "setting": {"subject": subject, **asdict(s)}, **row} for row in rows)
 

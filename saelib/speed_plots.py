@@ -15,10 +15,10 @@ def color_of(name: str) -> str:
 
 def note_of(rows: Sequence[dict]) -> str:
     """Machine, versions and commit of the rows, as every figure here says them."""
-    made = {(p["processor"], p["threads"], p["torch"], p["commit"], row["date"]) for row in rows for p in [row["provenance"]]}
+    made = {(p["hardware"] if row["setting"].get("device") == "cuda" else f"{p['processor']}, {p['threads']} thread{'s' * (p['threads'] > 1)}",
+             p["torch"], p["commit"], row["date"]) for row in rows for p in [row["provenance"]]}
     libraries = ", ".join(sorted({row["version"] for row in rows if "version" in row}))
-    return "; ".join(f"{processor}, {threads} thread{'s' * (threads > 1)}, torch {torch}, commit {commit}, {date}"
-                     for processor, threads, torch, commit, date in sorted(made)) + (libraries and f"\n{libraries}")
+    return "; ".join(f"{hardware}, torch {torch}, commit {commit}, {date}" for hardware, torch, commit, date in sorted(made)) + (libraries and f"\n{libraries}")
 
 
 def sizes_of(row: dict) -> str:

@@ -43,6 +43,13 @@ def test_every_claim_says_its_words_section_criterion_and_the_papers_figure(clai
     assert all(len(text) > 2 for text in (claim.claim, claim.section, claim.criterion, claim.paper))
 
 
+def test_a_gpu_step_is_judged_at_every_size_against_the_loop_and_by_its_error():
+    good = {(32768, 8192): (3.0, 9.0), (32768, 65536): (2.3, 7.0), (131072, 8192): (2.2, 7.0), (131072, 65536): (1.7, 6.0)}
+    assert verdicts.judge("S9", steps=good, excess=0.01)["verdict"] == "held"
+    for bad, excess in (({(131072, 8192): (2.21, 7.0)}, 0.0), ({(32768, 8192): (3.0, 8.9)}, 0.0), ({}, 0.011)):
+        assert verdicts.judge("S9", steps=good | bad, excess=excess)["verdict"] == "held in part"
+
+
 PART_A = [*(f"A1.{i}" for i in range(1, 8)), *(f"A2.{i}" for i in range(1, 7)), *(f"A3.{i}" for i in range(1, 5))]
 
 

@@ -4,19 +4,20 @@
     python -m tools.gpu_check --out rows.jsonl --tiny      (Triton's interpreter; the code, not the speed)
 
 Checks compare with float64 by ‖out - exact‖ / ‖exact‖, on memory that holds NaN until it is written. Timings are
-interleaved: in each round every contestant runs a few times in a row, in an order that rotates. A row of --out has the
-median and quartiles in ms; `bytes` and `flops` as the kernel's docstring counts them; `floor_ms`, the time in which this
-device moves `least_bytes` (everything once) or does `flops`, by its own copy and its own product; `per_gemm`, the time
-over that of the encoder's product in bfloat16.
+interleaved: in each round every contestant runs a few times in a row, in an order that rotates. A row of --out has the form of
+`saelib.bench`'s: `bytes` and `operations` as the kernel's docstring counts them; `predicted_ms`, the time in which this device
+moves `least_bytes` (everything once) or does the operations, by its own copy and its own product; `ratio`, to the encoder's
+product in bfloat16.
 """
 import argparse
-import json
 import os
 import statistics
 import sys
 import time
 import traceback
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,9 @@ TINY = "--tiny" in sys.argv
 if TINY:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
-from saelib import kernels, train, triton_adam, triton_kernels, triton_select  # noqa: E402
+from saelib import kernels, speed_rows, timing, train, triton_adam, triton_kernels, triton_select  # noqa: E402
 from saelib.auxk import default_k_aux  # noqa: E402
+from saelib.contestants import Setting  # noqa: E402
 from saelib.sae import SAE  # noqa: E402
 
 DEVICE = "cpu" if TINY else "cuda"
@@ -36,7 +38,7 @@ ROUNDS, REPEATS = (1, 1) if TINY else (15, 4)
 BUDGET = 120  # seconds of timing
 QUEUE_CYCLES = 4_000_000  # about 2 ms: the launches to be timed queue up meanwhile, so that the host's pace is not timed
 LR, ADAM = torch.tensor(1e-3, device=DEVICE), {"beta1": 0.9, "beta2": 0.999, "eps": 6.25e-10}
-TILES = [(128, 256, 64, 8, 3, 1), (128, 256, 64, 8, 4, 1), (128, 128, 64, 4, 3, 2), (256, 128, 64, 8, 3, 1), (64, 256, 64, 4, 3, 1)]
+TILES = [(128, 128, 64, 4, 3, 2), (256, 128, 64, 8, 3, 1), (64, 256, 64, 4, 3, 1)]
 
 
 def inputs():
@@ -168,35 +170,35 @@ def contestants(t):
         "copy": (lambda: big.clone(), 2 * big.numel(), 2 * big.numel(), 0),
         "square product bf16": (lambda: square @ square, 6 * len(square) ** 2, 6 * len(square) ** 2, 2 * len(square) ** 3),
         "encoder product bf16 (stock)": (lambda: torch.addmm(b16, x16, W16.t(), out=out16), product, product, ops),
-        "scores bf16": (lambda: triton_select.scores(x16, W16, b_enc, GROUP), product, product, ops),
+        "encoder product, with maxima": (lambda: triton_select.scores(x16, W16, b_enc, GROUP), product, product, ops),
         "maxima of the product (stock)": (lambda: scores.view(BATCH, -1, GROUP).amax(2), 2 * BATCH * N, 2 * BATCH * N, 0),
-        "largest maxima": (lambda: triton_select.largest(maxima, K), 2 * maxima.numel(), 2 * maxima.numel(), 0),
-        "largest maxima (stock)": (lambda: maxima.topk(K, sorted=False), 2 * maxima.numel(), 2 * maxima.numel(), 0),
-        "largest of groups": (lambda: triton_select.largest(scores, K, groups, GROUP), 64 * groups.numel(), 64 * groups.numel(), 0),
+        "k best groups": (lambda: triton_select.largest(maxima, K), 2 * maxima.numel(), 2 * maxima.numel(), 0),
+        "k best groups (stock)": (lambda: maxima.topk(K, sorted=False), 2 * maxima.numel(), 2 * maxima.numel(), 0),
+        "k largest in them": (lambda: triton_select.largest(scores, K, groups, GROUP), 64 * groups.numel(), 64 * groups.numel(), 0),
         "largest of all": (lambda: triton_select.largest(scores, K), 2 * BATCH * N, 2 * BATCH * N, 0),
         "largest of all (stock topk)": (lambda: scores.topk(K, sorted=False), 2 * BATCH * N, 2 * BATCH * N, 0),
         "cast W_enc": (lambda: W_enc.bfloat16(), 6 * N * D, 6 * N * D, 0),
         "select bf16": (lambda: triton_select.select(x16, W16, b_enc, K), product + 2 * BATCH * (N // GROUP + GROUP * K), 2 * BATCH * D + 2 * N * D + 8 * BATCH * K, ops),
         "decode": (lambda: triton_kernels.decode(values, indices, rows16), gathered, least, pairs),
         "decode fp32 (stock)": (lambda: active.decode(values, W_dec), 2 * gathered, 2 * least, pairs),
-        "dot": (lambda: triton_kernels.dot(grad16, indices, rows16), gathered, least, pairs),
-        "dot fp32 (stock)": (lambda: active.dot(grad, W_dec), 2 * gathered, 2 * least, pairs),
-        "group": (lambda: triton_kernels.group_by_latent(indices, N), 40 * BATCH * K, 16 * BATCH * K, 0),
-        "group (stock)": (lambda: kernels.Active(indices, N).by_latent, 40 * BATCH * K, 16 * BATCH * K, 0),
-        "gradients": (lambda: triton_kernels.gradients(*grouped, values, x16, values, grad16, N), summed, 4 * BATCH * D + 4 * (2 * N * D + 6 * BATCH * K), 2 * pairs),
-        "gradients fp32 (stock)": (lambda: active.gradients(values, x, values, grad), 2 * summed, 8 * BATCH * D + 4 * (2 * N * D + 6 * BATCH * K), 2 * pairs),
-        "fired": (lambda: triton_kernels.fired(values, indices, N), 8 * BATCH * K + 2 * N, 8 * BATCH * K + 2 * N, 0),
-        "square_norm unit": (lambda: triton_adam.square_norm(t["grad_rows"], rows, True), 8 * N * D, 8 * N * D, 0),
-        "square_norm": (lambda: triton_adam.square_norm(t["grad_rows"], rows, False), 4 * N * D, 4 * N * D, 0),
-        "adam_rows unit": (lambda: triton_adam.adam_rows(rows, t["grad_rows"], m, v, clip, factors, **ADAM, unit=True), 28 * N * D, 28 * N * D, 0),
-        "adam_rows": (lambda: triton_adam.adam_rows(rows, t["grad_rows"], m, v, clip, factors, **ADAM, unit=False), 28 * N * D, 28 * N * D, 0),
-        "square_norm unit + adam_rows unit (stock)": (stock_adam(t), 80 * N * D, 28 * N * D, 0),
+        "gradient of the latents": (lambda: triton_kernels.dot(grad16, indices, rows16), gathered, least, pairs),
+        "gradient of the latents fp32 (stock)": (lambda: active.dot(grad, W_dec), 2 * gathered, 2 * least, pairs),
+        "group by latent": (lambda: triton_kernels.group_by_latent(indices, N), 40 * BATCH * K, 16 * BATCH * K, 0),
+        "group by latent (stock)": (lambda: kernels.Active(indices, N).by_latent, 40 * BATCH * K, 16 * BATCH * K, 0),
+        "both weight gradients": (lambda: triton_kernels.gradients(*grouped, values, x16, values, grad16, N), summed, 4 * BATCH * D + 4 * (2 * N * D + 6 * BATCH * K), 2 * pairs),
+        "both weight gradients fp32 (stock)": (lambda: active.gradients(values, x, values, grad), 2 * summed, 8 * BATCH * D + 4 * (2 * N * D + 6 * BATCH * K), 2 * pairs),
+        "what fired": (lambda: triton_kernels.fired(values, indices, N), 8 * BATCH * K + 2 * N, 8 * BATCH * K + 2 * N, 0),
+        "norm of the decoder's gradient": (lambda: triton_adam.square_norm(t["grad_rows"], rows, True), 8 * N * D, 8 * N * D, 0),
+        "norm of the encoder's gradient": (lambda: triton_adam.square_norm(t["grad_rows"], rows, False), 4 * N * D, 4 * N * D, 0),
+        "Adam, decoder": (lambda: triton_adam.adam_rows(rows, t["grad_rows"], m, v, clip, factors, **ADAM, unit=True), 28 * N * D, 28 * N * D, 0),
+        "Adam, encoder": (lambda: triton_adam.adam_rows(rows, t["grad_rows"], m, v, clip, factors, **ADAM, unit=False), 28 * N * D, 28 * N * D, 0),
+        "norm and Adam, decoder (stock)": (stock_adam(t), 80 * N * D, 28 * N * D, 0),
         "select fp32": (lambda: triton_select.select(x, W_enc, b_enc, K), 2 * product, 4 * (BATCH * D + N * D), ops),
         "encoder product fp32 (stock)": (lambda: torch.addmm(b_enc, x, W_enc.t()), 2 * product, 2 * product, ops),
     }
     for down, across, inner, warps, stages, a_core in [] if TINY else TILES:
         config = {"BLOCK_M": down, "BLOCK_N": across, "BLOCK_K": inner, "num_warps": warps, "num_stages": stages, "A_CORE": a_core}
-        all_of[f"scores bf16 {down}x{across}x{inner}, {warps} warps, {stages} stages, {a_core} a core"] = (
+        all_of[f"encoder product, with maxima, {down}x{across}x{inner}, {warps} warps, {stages} stages, {a_core} a core"] = (
             partial(triton_select.scores, x16, W16, b_enc, GROUP, **config), product, product, ops)
     return all_of
 
@@ -241,29 +243,29 @@ def interleave(calls):
 
 
 def write_rows(calls, times, out):
-    """Append a row for each contestant and print them as a table."""
-    median = {name: statistics.median(values) for name, values in times.items()}
+    """Keep a row for each contestant, in the form of `saelib.bench`, and print them as a table."""
+    median, setting = {name: statistics.median(values) for name, values in times.items()}, Setting(D, N, K, BATCH, DEVICE)
     speed, rate = calls["copy"][2] / median["copy"], calls["square product bf16"][3] / median["square product bf16"]
     print(f"copies {speed / 1e6:.0f} GB/s, multiplies {rate / 1e9:.0f} TFLOP/s in bf16, {len(times['copy'])} rounds")
     print(f"{'':75} {'ms':>9} {'q1':>9} {'q3':>9} {'GB/s':>7} {'TFLOP/s':>8} {'/floor':>7} {'/gemm':>6}")
-    with open(out, "a") as file:
-        for name, values in times.items():
-            _, n_bytes, least, flops = calls[name]
-            q1, _, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-            ms, floor = median[name], max(least / speed, flops / rate if "fp32" not in name else 0)
-            row = {"name": name, "shape": {"batch": BATCH, "d": D, "n": N, "k": K}, "ms": ms, "q1": q1, "q3": q3, "rounds": len(values),
-                   "bytes": n_bytes, "least_bytes": least, "flops": flops, "gb_per_s": n_bytes / ms / 1e6, "tflop_per_s": flops / ms / 1e9,
-                   "floor_ms": floor, "per_floor": ms / floor, "per_gemm": ms / median["encoder product bf16 (stock)"],
-                   "device": "interpreter" if TINY else torch.cuda.get_device_name(), "torch": torch.__version__}
-            file.write(json.dumps(row) + "\n")
-            print(f"{name:75} {ms:9.4f} {q1:9.4f} {q3:9.4f} {row['gb_per_s']:7.0f} {row['tflop_per_s']:8.1f} {row['per_floor']:7.2f} "
-                  f"{row['per_gemm']:6.2f}", flush=True)
+    rows = []
+    for name, values in times.items():
+        _, n_bytes, least, flops = calls[name]
+        ms, by = timing.quartiles(values), {"bytes": least / speed, "operations": flops / rate if "fp32" not in name else 0}
+        bound = max(by, key=by.get)
+        ratio = timing.quartiles(values, 1 / median["encoder product bf16 (stock)"])
+        rows.append({"table": "kernels", "setting": asdict(setting), "case": "kernel", "name": name, "ms": ms, "ratio": ratio, "rounds": len(values), "differs": "",
+                     "operations": flops, "bytes": n_bytes, "least_bytes": least, "predicted_ms": by[bound], "bound": bound,
+                     "provenance": timing.machine(DEVICE), "date": time.strftime("%Y-%m-%d")})
+        print(f"{name:75} {ms['median']:9.4f} {ms['q1']:9.4f} {ms['q3']:9.4f} {n_bytes / ms['median'] / 1e6:7.0f} {flops / ms['median'] / 1e9:8.1f} "
+              f"{ms['median'] / by[bound]:7.2f} {ratio['median']:6.2f}", flush=True)
+    speed_rows.store(rows, Path(out))
 
 
 def main():
     """Check, time, write; exit 1 if a check fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="file of JSON lines to append to")
+    parser.add_argument("--out", required=True, help="file of JSON lines to keep the rows in")
     parser.add_argument("--tiny", action="store_true", help="small shapes in Triton's interpreter")
     out, begin, failed = parser.parse_args().out, time.monotonic(), 0
     t = inputs()
