@@ -26,10 +26,16 @@ class Recorded:
 
     def __init__(self, loop, x: Tensor, precision: str):
         self.x, self.graph = x.clone(), torch.cuda.CUDAGraph()
-        with RECORDING, torch.cuda.graph(self.graph, loop.pool, torch.cuda.Stream(), capture_error_mode="thread_local"):
-            out, terms = loop.forward(self.x, "sparse", precision)
-            self.l0 = out.l0()
-            self.terms = loop.backward(terms)
+        try:
+            with RECORDING, torch.cuda.graph(self.graph, loop.pool, torch.cuda.Stream(), capture_error_mode="thread_local"):
+                out, terms = loop.forward(self.x, "sparse", precision)
+                self.l0 = out.l0()
+                self.terms = loop.backward(terms)
+        except RuntimeError as error:
+            if "captur" not in str(error):  # as CUDA calls what a recording forbids
+                raise
+            raise RuntimeError(f"path is 'graph': it must be 'sparse' for a method whose step waits for the device, as one of {loop.sae.method.key!r} "
+                               f"seems to (set `waits` in its class): {error}") from error
 
 
 def step(loop, x: Tensor, precision: str) -> tuple[dict[str, Tensor], Tensor]:

@@ -67,7 +67,7 @@ class Active:
 
     def sum_tokens(self, values: Float[Tensor, "*pairs"], tokens: Float[Tensor, "batch d"]) -> Float[Tensor, "n_latents d"]:
         """out_i = Σ_b values_bi tokens_b: the transposed sparse matrix times `tokens`."""
-        order, token_of, starts = self.by_latent
+        order, token_of, starts, *_ = self.by_latent
         return bags(tokens, token_of, starts, values.reshape(-1)[order])
 
     def dot(self, tokens: Float[Tensor, "batch d"], rows: Float[Tensor, "n_latents d"]) -> Float[Tensor, "*pairs"]:
@@ -131,7 +131,8 @@ def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_e
     """The k largest pre-activations of each token, in no particular order.
 
     With precision "bf16" the product W_enc x is computed in bfloat16 only to name k + 25 % candidates; their
-    values are then computed in full precision, and the k largest of those are returned. On a GPU the type of x and W_enc decides: see `autoencode`.
+    values are then computed in full precision, and the k largest of those are returned. On a GPU
+    the rough values are kept: see `autoencode`.
 
     Args:
         x: centred activations, x - b_pre.
@@ -148,7 +149,8 @@ def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_e
     """
     if on_gpu(x):
         from saelib import triton_select
-        return triton_select.select(x, W_enc, b_enc, k)
+        dtype = torch.bfloat16 if precision == "bf16" else x.dtype
+        return triton_select.select(x.to(dtype), W_enc.to(dtype), b_enc, k)
     if precision == "fp32":
         return choose(x, W_enc, b_enc, k, x.dtype, find)
     n_kept = min(len(W_enc), k + max(4, round(k * MARGIN)))

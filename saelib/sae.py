@@ -98,7 +98,7 @@ class SAE(nn.Module):
             path: "sparse" never forms the dense latents where the activation function is TopK's; where it is ReLU's it forms
                 them, and multiplies only the active ones once they are few; "native" is the same with parts that are compiled here for
                 this CPU (see `saelib.native`); "dense" is the plain twin, and serves any other activation function.
-            precision: "fp32"; "bf16" selects the latents of TopK in bfloat16, and multiplies matrices in it elsewhere.
+            precision: "fp32"; "bf16" selects the latents of TopK in bfloat16, and multiplies matrices in it elsewhere and on a GPU.
                 Weights stay in float32.
             scratch: memory for dense latents, which the next pass that gets it overwrites; fresh memory if None.
             copies: copies of the weights that a training loop renews with them (see `saelib.kernels.autoencode`).

@@ -95,7 +95,7 @@ def test_a_recorded_step_is_the_step(method, played):
 
 
 def test_a_step_that_waits_for_the_device_is_not_recorded(played):
-    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+    with pytest.raises(RuntimeError, match="path is 'graph': it must be 'sparse' .* as one of 'batchtopk' .*not permitted when stream is capturing"):
         sae = SAE(12, 64, "batchtopk", 3)
         loop = train.Loop(sae, 1e-2, 150, 0.0, 4, 0.0)
         Graph.watched = lambda graph: {}

@@ -77,6 +77,14 @@ def test_bf16_selection_agrees_with_the_exact_one_on_nearly_every_latent():
     assert chosen.sum() == 24 * 16 and (chosen & exact).sum() / exact.sum() > 0.98
 
 
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_precision_is_that_of_the_product(monkeypatch, precision, dtype):
+    monkeypatch.setattr(kernels, "on_gpu", lambda x: True)
+    x, W_enc, b_enc = random(9, 16), random(50, 16, seed=1), random(50, seed=2)
+    for ours, twin in zip(kernels.select(x, W_enc, b_enc, 4, precision), triton_select.select(x.to(dtype), W_enc.to(dtype), b_enc, 4)):
+        assert torch.equal(ours, twin)
+
+
 def test_select_works_through_many_tokens_in_parts(monkeypatch):
     monkeypatch.setattr(triton_select, "SCORES_AT_ONCE", 700)
     x, W_enc, b_enc = random(20, 8), random(100, 8, seed=1), random(100, seed=2)
