@@ -270,6 +270,21 @@ def test_training_in_bf16_on_the_kernels_of_the_gpu_stays_near_float32(monkeypat
     assert (weights[0] - twins[0]).norm() < 0.05 * twins[0].norm()
 
 
+def test_the_copies_of_the_weights_follow_every_step_and_every_restored_state(monkeypatch):
+    monkeypatch.setattr(kernels, "on_gpu", lambda x: True)
+    loop = train.Loop(SAE(12, 40, "topk", 3).to(DEVICE), 1e-1, 10**6, 0.0, 4, 0.0)
+    first, state = None, {key: value.clone() for key, value in loop.sae.state_dict().items()}
+    for step in range(3):
+        loop.one(random(16, 12, seed=100 + step), 1.0, 1.0, "sparse", "bf16", log=False)
+        first = first or {name: copy.clone() for name, copy in loop.copies.items()}
+        for name, copy in loop.copies.items():
+            torch.testing.assert_close(copy.float(), getattr(loop.sae, name).detach(), rtol=1e-2, atol=1e-6)
+    assert set(first) == {"W_enc", "W_dec"} and not any(torch.equal(first[name], loop.copies[name]) for name in first)
+    loop.restore(loop.state() | {"sae": state})
+    for name, copy in loop.copies.items():
+        assert torch.equal(copy, state[name].bfloat16())
+
+
 @pytest.mark.parametrize("method", ["multi_topk", "batchtopk"])
 def test_methods_that_choose_otherwise_find_the_same_on_the_kernels_of_the_gpu(monkeypatch, method):
     found = []
