@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from saelib.checks import require
+from saelib.selection import has_kernels
 
 RECORDING = threading.Lock()  # members of a sweep share the device
 
 
 def check(sae) -> None:
     """Raise ValueError unless the training steps of `sae` can be recorded."""
-    require(sae.W_dec.is_cuda, "path", "graph", "'sparse', 'native' or 'dense' on a CPU")
+    require(has_kernels(sae.W_dec.device), "path", "graph", "'sparse', 'native' or 'dense' on a CPU, and 'sparse' or 'dense' on a GPU older than Ampere")
     require(not sae.method.waits, "path", "graph", "'sparse' for a method that waits for the device")
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelib.selection import largest
+from saelib.selection import has_kernels, largest
 
 BLOCK_ROWS = 256  # tokens whose pre-activations are held at once: few enough to stay in the cache
 MARGIN = 0.25  # extra candidates that a bf16 selection keeps for the exact choice
@@ -24,8 +24,8 @@ with warnings.catch_warnings():  # torch says once that its CSR tensors are in b
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether the kernels in Triton take `x`: they are for float32 and bfloat16 on a CUDA device."""
-    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16)
+    """Whether the kernels in Triton take `x`: they are for float32 and bfloat16, on the GPUs of `has_kernels`."""
+    return has_kernels(x.device) and x.dtype in (torch.float32, torch.bfloat16)
 
 
 class Active:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from saelib import metrics, native, sources, subjects
 from saelib.methods import Method
 from saelib.sae import SAE, geometric_median
+from saelib.selection import has_kernels
 from saelib.train import paper_lr, train
 
 PACKAGE = Path(__file__).parent
@@ -77,10 +78,10 @@ def pick_precision(precision: str, device: str, n_weights: int) -> str:
 
 
 def pick_path(path: str, device: str, method: Method) -> str:
-    """The path that "auto" stands for: on a GPU the recorded step where the method's can be recorded, else the sparse one."""
+    """The path that "auto" stands for: the recorded step on a GPU with kernels, where the method's can be recorded, else the sparse one."""
     if path != "auto":
         return path
-    return "graph" if device == "cuda" and not method.waits else "sparse"
+    return "graph" if has_kernels(torch.device(device)) and not method.waits else "sparse"
 
 
 def pick_device(device: str) -> str:

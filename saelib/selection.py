@@ -1,5 +1,7 @@
 """The k largest numbers of each row of a matrix, by looking through fewer numbers than there are, and through them faster."""
+import importlib.util
 import math
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int
@@ -7,6 +9,13 @@ from torch import Tensor
 
 LEAF = 512  # numbers in a row that are looked through at once
 SIZES = 1, 2, 4, 8, 16  # of the groups that longer rows are cut into
+
+
+@cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether there are kernels in Triton for this device: an NVIDIA GPU of the Ampere generation or newer."""
+    return (device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 8
+            and importlib.util.find_spec("triton") is not None)
 
 
 def largest(values: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
@@ -17,7 +26,7 @@ def largest(values: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "row
     way, until a row is short. Groups are strided, so that their maxima are taken of whole vectors at once; their size
     is the one that leaves the least to look through.
     """
-    if values.is_cuda:
+    if has_kernels(values.device):
         from saelib import triton_select
         return triton_select.largest(values, k)
     rows, n = values.shape
@@ -37,7 +46,7 @@ def topk(values: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k
     In bfloat16 a value and its place fit into one whole number of 32 bits, and numpy partitions rows of such numbers
     faster than torch does rows of pairs. What is not a number comes back as infinite.
     """
-    if values.dtype != torch.bfloat16 or values.shape[1] > 2**16:
+    if values.is_cuda or values.dtype != torch.bfloat16 or values.shape[1] > 2**16:
         return values.topk(k, dim=1, sorted=False)
     keys = in_order(values.nan_to_num(math.inf, math.inf, -math.inf).view(torch.int16)).int()
     keys.bitwise_left_shift_(16).bitwise_or_(torch.arange(values.shape[1], dtype=torch.int32))

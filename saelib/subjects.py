@@ -121,7 +121,7 @@ def windows(documents: Iterator[str], tokenizer, n_windows: int, context: int = 
 
 def fast_dtype(device: str) -> torch.dtype:
     """The type that matrix products run in: bfloat16 where the hardware has it, else float32."""
-    fast = torch.cuda.is_bf16_supported() if device == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -20,7 +20,8 @@ from saelib.triton_kernels import INTERPRETED
 CELLS_A_WARP = 1024  # numbers of a row that the registers of one warp hold
 PIECE = 16 if INTERPRETED else 256  # of a row, written at once
 SCORES_AT_ONCE = 2**31  # bounds the buffer of pre-activations, by working through the tokens in parts
-GEMM = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3, "A_CORE": 1}  # bf16
+GEMM = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3, "A_CORE": 1}  # bf16, where `is_large`; programs a core
+GEMM_SMALL = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3, "A_CORE": 1}  # bf16, in less than 96 KiB
 GEMM_FP32 = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3, "A_CORE": 1}
 GEMM_INTERPRETED = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16, "A_CORE": 1}
 
@@ -29,6 +30,12 @@ GEMM_INTERPRETED = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16, "A_CORE": 1}
 def n_cores(device: torch.device) -> int:
     """Multiprocessors; in the interpreter few, so that loops go round."""
     return 3 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def is_large(device: torch.device) -> bool:
+    """Whether the device has a copy engine, and shared memory for large tiles: data-centre GPUs from Hopper on."""
+    return INTERPRETED or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 @triton.jit
@@ -74,15 +81,16 @@ def scores(x: Float[Tensor, "batch d"], weight: Float[Tensor, "n d"], bias: Floa
     """x weight^T + bias in the type of x, summed in fp32, and the maximum of each `group` columns of it. A float32 product is made of three
     on the tensor cores (TF32 of the leading digits and of what they leave), which keeps its precision.
 
-    `tma` goes through tensor descriptors (rows must be whole 16 bytes); None: where that can be done in bf16.
+    `tma` goes through tensor descriptors (rows must be whole 16 bytes); None: in bf16 where the device `is_large` and it can be done.
     Bytes: s (B d + n d + B n + B n / group). Operations: 2 B n d.
     """
     (batch, d), n = x.shape, len(weight)
     require(x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16), "weight.dtype", weight.dtype, "that of x, float32 or bfloat16")
     is_bf16, rows_are_whole = x.dtype == torch.bfloat16, d * x.element_size() % 16 == 0
     require(rows_are_whole or not tma, "tma", tma, "False where a row is not a whole number of 16 bytes")
-    tma = is_bf16 and rows_are_whole if tma is None else tma
-    config = {**(GEMM_INTERPRETED if INTERPRETED else GEMM if is_bf16 else GEMM_FP32), **config}
+    large = is_large(x.device)
+    tma = is_bf16 and rows_are_whole and large if tma is None else tma
+    config = {**(GEMM_INTERPRETED if INTERPRETED else GEMM_FP32 if not is_bf16 else GEMM if large else GEMM_SMALL), **config}
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.float().contiguous()
     out, maxima = x.new_empty(batch, n), x.new_empty(batch, triton.cdiv(n, group))
     place, tma_out = out, tma and n * out.element_size() % 16 == 0

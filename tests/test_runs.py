@@ -134,9 +134,12 @@ def test_importing_saelib_loads_no_transformers_and_no_plots():
 
 
 @pytest.mark.parametrize("method, wanted", [("topk", "graph"), ("relu", "graph"), ("batchtopk", "sparse")])
-def test_the_path_is_recorded_steps_on_a_gpu_for_methods_that_do_not_wait(method, wanted):
+def test_the_path_is_recorded_steps_on_a_gpu_with_kernels_for_methods_that_do_not_wait(method, wanted, monkeypatch):
     made = methods.make(method, 64, 4)
-    assert runs.pick_path("auto", "cuda", made) == wanted and runs.pick_path("auto", "cpu", made) == "sparse"
+    for has_kernels in (False, True):
+        monkeypatch.setattr(runs, "has_kernels", lambda device: has_kernels and device.type == "cuda")
+        assert runs.pick_path("auto", "cuda", made) == (wanted if has_kernels else "sparse")
+    assert runs.pick_path("auto", "cpu", made) == "sparse"
     assert runs.pick_path("dense", "cuda", made) == "dense"
 
 
