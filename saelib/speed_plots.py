@@ -1,6 +1,8 @@
 """Figures of what a step costs: from the benchmark's rows to pictures (see `saelib.bench`)."""
 from collections.abc import Sequence
 
+from matplotlib.ticker import LogLocator
+
 from saelib.plots import LOOK, PAPER_GREY, Picture, canvas, group, name_ends, plain_log
 
 CASE_TITLES = {"floor": "floors", "topk": "TopK, nothing dead", "auxk": "TopK, 5 % dead, AuxK on", "relu": "ReLU + L1, half active", "relu_few": "ReLU + L1, k active"}
@@ -115,6 +117,7 @@ def apart(rows: Sequence[dict]) -> Picture:
         axes.annotate(f"{took / predicted:.1f}x", (max(took, predicted), y), xytext=(7, 0), textcoords="offset points", fontsize=8, va="center")
         picture.numbers.append(f"{row['name']}: predicted {predicted:.4g} ms by {row['bound']}, measured {took:.4g} ms, ratio {took / predicted:.3g}")
     plain_log(axes, y=False)
+    axes.xaxis.set_major_locator(LogLocator())  # parts of a GPU's step span four decades
     axes.margins(x=0.15)
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="milliseconds: predicted (ring), measured (dot)")
     axes.set_yticks(range(len(rows)), [f"{row['name']} ({row['bound']})" for row in rows], fontsize=8)
