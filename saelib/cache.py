@@ -3,12 +3,15 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from saelib.files import reading, write_json, write_whole
 
 SHARD_ROWS = 2**17
 
@@ -36,13 +39,22 @@ def cached(key: dict, make: Iterator[Tensor], name: str) -> list[Tensor]:
     folder = cache_folder() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     index = folder / "index.json"
     if not index.is_file():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            shards = [_write_shard(folder / f"{i:05d}.safetensors", shard) for i, shard in enumerate(_regroup(make))]
-            _replace(index, lambda path: path.write_text(json.dumps({"key": key, "shards": shards}, indent=1)))
-        except OSError as error:
-            raise ValueError(f"cache is {str(cache_folder())!r}: it must be a folder that can be written ({error.strerror})") from None
-    return [_read_shard(folder / shard["file"], shard["rows"]) for shard in json.loads(index.read_text())["shards"]]
+        shards = []
+        for i, shard in enumerate(_regroup(make)):
+            with _writing():
+                shards.append(_write_shard(folder / f"{i:05d}.safetensors", shard))
+        with _writing():
+            write_json(index, {"key": key, "shards": shards})
+    with reading("cache", folder, "hold whole shards: delete it and it is made again"):
+        return [_read_shard(folder / shard["file"], shard["rows"]) for shard in json.loads(index.read_text())["shards"]]
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cache is {str(cache_folder())!r}: it must be a folder that can be written ({error.strerror})") from None
 
 
 def _regroup(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -57,27 +69,14 @@ def _regroup(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
         yield torch.cat(held)
 
 
-def _replace(path: Path, write) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _write_shard(path: Path, rows: Tensor) -> dict:
-    _replace(path, lambda partial: save_file({"x": rows.contiguous()}, partial))
+    write_whole(path, lambda partial: save_file({"x": rows.contiguous()}, partial))
     return {"file": path.name, "rows": len(rows)}
 
 
 def _read_shard(path: Path, n_rows: int) -> Tensor:
-    rule = f"cache shard {str(path)!r} is damaged: delete its folder and it is made again"
-    try:
-        with safe_open(path, "pt") as shard:
-            rows = shard.get_tensor("x")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{rule} ({error})") from None
+    with safe_open(path, "pt") as shard:
+        rows = shard.get_tensor("x")
     if len(rows) != n_rows:
-        raise ValueError(f"{rule} (it has {len(rows)} rows, not {n_rows})")
+        raise RuntimeError(f"{path.name} has {len(rows)} rows, not {n_rows}")
     return rows

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from saelib import dense, kernels, methods, native, selection
 from saelib.checks import require
+from saelib.files import reading, write_json, write_whole
 
 FORMAT = "saelib-1"
 
@@ -62,8 +63,7 @@ class SAE(nn.Module):
                  normalisation: str = "none", seed: int = 0):
         super().__init__()
         for name, value in (("d_model", d_model), ("n_latents", n_latents)):
-            if value < 1:
-                raise ValueError(f"{name} is {value!r}: it must be 1 or more")
+            require(value >= 1, name, value, "1 or more")
         self.d_model, self.n_latents, self.normalisation = d_model, n_latents, normalisation
         self.method = methods.make(method, n_latents, sparsity)
         rows = torch.randn(n_latents, d_model, generator=torch.Generator().manual_seed(seed))
@@ -83,7 +83,7 @@ class SAE(nn.Module):
     def encode(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch n_latents"]:
         """The latents z of activations x, dense, with exact zeros. Paper: §2.2, Eq. (1)"""
         self.check(x)
-        return self.method(self.pre_acts(x))  # Eq. (1)
+        return self.method(self.pre_acts(x.to(self.W_enc.dtype)))  # Eq. (1)
 
     def decode(self, latents: Float[Tensor, "batch n_latents"]) -> Float[Tensor, "batch d_model"]:
         """The reconstruction x_hat of dense latents. Paper: §2.2, Eq. (1)"""
@@ -108,6 +108,7 @@ class SAE(nn.Module):
         """
         self.check(x)
         require(path in ("sparse", "native", "dense"), "path", path, "'sparse', 'native' or 'dense'")
+        require(precision in ("fp32", "bf16"), "precision", precision, "'fp32' or 'bf16'")
         if path == "native":
             native.check(x, self.W_enc)
         act = getattr(self.method.forward, "__func__", None)  # a method with an activation function of its own has no kernel
@@ -142,14 +143,11 @@ class SAE(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write `sae.safetensors` and `sae.json` into `folder`, each whole or not at all."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         about = {"format": FORMAT, "d_model": self.d_model, "n_latents": self.n_latents, "method": self.method.key,
                  "sparsity": self.method.sparsity, "normalisation": self.normalisation}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, folder / "sae.safetensors.partial")
-        (folder / "sae.json.partial").write_text(json.dumps(about, indent=1) + "\n")
-        (folder / "sae.safetensors.partial").replace(folder / "sae.safetensors")
-        (folder / "sae.json.partial").replace(folder / "sae.json")
+        write_whole(folder / "sae.safetensors", lambda partial: save_file(tensors, partial))
+        write_json(folder / "sae.json", about)
 
 
 def load(folder: str | Path) -> SAE:
@@ -159,17 +157,16 @@ def load(folder: str | Path) -> SAE:
         ValueError: the folder holds no SAE of this format, or its tensors do not fit its description.
     """
     folder = Path(folder)
-    if not (folder / "sae.json").is_file():
-        raise ValueError(f"folder is {str(folder)!r}: it must hold sae.json and sae.safetensors")
-    about = json.loads((folder / "sae.json").read_text())
-    if about.pop("format", None) != FORMAT:
-        raise ValueError(f"folder is {str(folder)!r}: its sae.json must say format {FORMAT!r}")
-    sae = SAE(**about)
-    tensors = load_file(folder / "sae.safetensors")
-    for name, own in sae.state_dict().items():
-        if name not in tensors or tensors[name].shape != own.shape:
-            raise ValueError(f"folder is {str(folder)!r}: {name} must be a tensor of shape {list(own.shape)}")
-    sae.load_state_dict(tensors)
+    with reading("folder", folder, "hold the sae.json and sae.safetensors that `SAE.save` writes"):
+        about = json.loads((folder / "sae.json").read_text())
+        if about.pop("format", None) != FORMAT:
+            raise ValueError(f"folder is {str(folder)!r}: its sae.json must say format {FORMAT!r}")
+        sae = SAE(**about)
+        tensors = load_file(folder / "sae.safetensors")
+        for name, own in sae.state_dict().items():
+            if name not in tensors or tensors[name].shape != own.shape:
+                raise ValueError(f"folder is {str(folder)!r}: {name} must be a tensor of shape {list(own.shape)}")
+        sae.load_state_dict(tensors)
     return sae.eval()
 
 

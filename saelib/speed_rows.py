@@ -1,11 +1,11 @@
 """The benchmark's rows: as lines to read, and in the file that keeps them."""
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from saelib import sweeps
 from saelib.contestants import Setting
+from saelib.files import write_whole
 
 RESULTS = Path(__file__).parents[1] / "book" / "results" / "speed.jsonl"
 
@@ -46,7 +46,4 @@ def store(rows: list[dict], path: Path) -> None:
     """Put rows into a file of JSON lines, in the place of older ones of the same tables and settings. Whole or not at all."""
     new = {identity(row) for row in rows}
     kept = [row for row in sweeps.read_rows(path) if identity(row) not in new] + rows
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    partial.replace(path)
+    write_whole(path, lambda partial: partial.write_text("".join(json.dumps(row) + "\n" for row in kept)))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 SAELIB = Path(__file__).parents[1] / "saelib"
-ORDER = ["checks", "losses", "triton_adam", "triton_kernels", "triton_select", "selection", "kernels", "native", "dense", "methods", "variants", "sae", "metrics", "auxk", "graphs", "train", "sources", "cache", "texts", "subjects", "runs", "formats", "sweeps", "refine", "frontiers", "profiles", "contestants", "peers", "timing", "parts", "speed_rows", "bench", "plots", "speed_plots", "criteria", "claims", "verdicts", "definitions"]
+ORDER = ["checks", "files", "losses", "triton_adam", "triton_kernels", "triton_select", "selection", "kernels", "native", "dense", "methods", "variants", "sae", "metrics", "auxk", "graphs", "train", "sources", "cache", "texts", "subjects", "origin", "runs", "formats", "sweeps", "refine", "frontiers", "profiles", "contestants", "peers", "timing", "parts", "speed_rows", "bench", "plots", "speed_plots", "criteria", "claims", "verdicts", "definitions"]
 MODULES = sorted(p for p in SAELIB.glob("*.py") if p.name != "__init__.py")
 
 
@@ -43,5 +43,5 @@ def test_no_printing_no_trackers_no_global_seed(path):
 
 
 def test_the_hash_of_the_code_covers_every_module_that_decides_numbers():
-    from saelib import runs
-    assert set(runs.DECIDING) == set(ORDER[: ORDER.index("runs") + 1])
+    from saelib import origin
+    assert set(origin.DECIDING) == set(ORDER[: ORDER.index("runs") + 1])

@@ -41,7 +41,11 @@ def test_a_truncated_shard_is_named(tmp_path, monkeypatch):
     cache.cached({}, iter([torch.zeros(50, 20)]), "t")
     shard = next(tmp_path.rglob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:300])
-    with pytest.raises(ValueError, match=r"cache shard '.*00000.safetensors' is damaged: delete its folder"):
+    with pytest.raises(ValueError, match=r"cache is '.*': it must hold whole shards: delete it") as error:
+        cache.cached({}, iter([]), "t")
+    assert "\n" not in str(error.value)
+    next(tmp_path.rglob("index.json")).write_text("{")
+    with pytest.raises(ValueError, match="it must hold whole shards: delete it"):
         cache.cached({}, iter([]), "t")
 
 

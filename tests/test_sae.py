@@ -45,7 +45,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(tmp_path):
 
 
 def test_loading_refuses_what_is_not_an_sae(tmp_path):
-    with pytest.raises(ValueError, match="must hold sae.json"):
+    with pytest.raises(ValueError, match="must hold the sae.json and sae.safetensors"):
         saelib.load(tmp_path)
     SAE(8, 30, "topk", 4).save(tmp_path)
     save_file({"W_enc": torch.zeros(2, 2)}, tmp_path / "sae.safetensors")
