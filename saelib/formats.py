@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saelib.checks import require
+from saelib.files import reading, write_json, write_whole
 from saelib.sae import SAE
 from saelib.sources import UNIT_NORM
 
@@ -47,18 +48,6 @@ def weights(sae: SAE, scale: float = 1.0) -> list[Tensor]:
     return [tensor.contiguous() for tensor in scaled(*own, scale)]
 
 
-def put(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    write(partial)
-    partial.replace(path)
-
-
-def put_json(path: Path, about: dict) -> None:
-    put(path, lambda partial: partial.write_text(json.dumps(about, indent=1) + "\n"))
-
-
 def write_saelens(sae: SAE, folder: Path) -> None:
     key, is_normalised = sae.method.key, sae.normalisation == UNIT_NORM
     kinds = {"topk": "topk", "multi_topk": "topk", "relu": "standard", "batchtopk": "jumprelu"}
@@ -73,14 +62,18 @@ def write_saelens(sae: SAE, folder: Path) -> None:
         about |= {"k": sae.method.k, "rescale_acts_by_decoder_norm": False}
     if kinds[key] == "jumprelu":
         tensors["threshold"] = sae.method.threshold.detach().float().cpu().expand(sae.n_latents).contiguous()
-    put(folder / "sae_weights.safetensors", lambda partial: save_file(tensors, partial))
-    put_json(folder / "cfg.json", about)
+    write_whole(folder / "sae_weights.safetensors", lambda partial: save_file(tensors, partial))
+    write_json(folder / "cfg.json", about)
 
 
 def read_saelens(folder: Path) -> SAE:
     about, tensors = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
     kind, normalised = about["architecture"], about.get("normalize_activations", "none")
     require(kind in ("topk", "standard"), "architecture", kind, "'topk' or 'standard'")
+    act = about.get("activation_fn_str") or about.get("activation_fn") or ("topk" if kind == "topk" else "relu")  # until version 6 beside it
+    require(act in ("topk", "relu"), "activation_fn", act, "'topk' or 'relu'")
+    require(not about.get("finetuning_scaling_factor"), "finetuning_scaling_factor", True, "false")
+    require(about.get("reshape_activations", "none") == "none", "reshape_activations", about.get("reshape_activations"), "'none'")
     require(normalised in ("none", "layer_norm"), "normalize_activations", normalised, "'none' or 'layer_norm'")
     W_enc, b_enc, W_dec, b_pre = tensors["W_enc"].float().t(), tensors["b_enc"].float(), tensors["W_dec"].float(), tensors["b_dec"].float()
     if not about.get("apply_b_dec_to_input", True):
@@ -89,7 +82,8 @@ def read_saelens(folder: Path) -> SAE:
         norm = W_dec.norm(dim=1)
         W_enc, b_enc, W_dec = W_enc * norm[:, None], b_enc * norm, W_dec / norm[:, None]
     scale = 1 / layer_norm_scale(W_enc.shape[1]) if normalised == "layer_norm" else 1.0
-    method = ("topk", about["k"]) if kind == "topk" else ("relu", 0.0)
+    k = about.get("k") or (about.get("activation_fn_kwargs") or {}).get("k")
+    method = ("topk", k) if act == "topk" else ("relu", 0.0)
     return build(*scaled(W_enc, b_enc, W_dec, b_pre, scale), *method, UNIT_NORM if normalised == "layer_norm" else "none")
 
 
@@ -97,10 +91,10 @@ def write_sparsify(sae: SAE, folder: Path) -> None:
     require(sae.method.key in ("topk", "multi_topk"), "method", sae.method.key, "topk or multi_topk for the format 'sparsify'")
     W_enc, b_enc, W_dec, b_pre = weights(sae)
     tensors = {"encoder.weight": W_enc, "encoder.bias": b_enc, "W_dec": W_dec, "b_dec": b_pre}
-    put(folder / "sae.safetensors", lambda partial: save_file(tensors, partial))
-    put_json(folder / "cfg.json", {"activation": "topk", "num_latents": sae.n_latents, "k": sae.method.k, "d_in": sae.d_model,
-                                   "normalize_decoder": True, "multi_topk": sae.method.key == "multi_topk", "skip_connection": False, "transcode": False,
-                                   "normalisation": sae.normalisation})
+    write_whole(folder / "sae.safetensors", lambda partial: save_file(tensors, partial))
+    write_json(folder / "cfg.json", {"activation": "topk", "num_latents": sae.n_latents, "k": sae.method.k, "d_in": sae.d_model,
+                                   "normalize_decoder": True, "multi_topk": False, "skip_connection": False, "transcode": False,
+                                   "method": sae.method.key, "normalisation": sae.normalisation})  # its own multi_topk would decode 4k latents
 
 
 def read_sparsify(folder: Path) -> SAE:
@@ -108,7 +102,7 @@ def read_sparsify(folder: Path) -> SAE:
     require(about.get("activation", "topk") == "topk", "activation", about.get("activation"), "'topk'")
     for name in ("skip_connection", "transcode"):
         require(not about.get(name), name, about.get(name), "false: what predicts other activations is no autoencoder")
-    method = "multi_topk" if about.get("multi_topk") else "topk"
+    method = about.get("method", "multi_topk" if about.get("multi_topk") else "topk")
     return build(*(tensors[name].float() for name in ("encoder.weight", "encoder.bias", "W_dec", "b_dec")), method, about["k"],
                  about.get("normalisation", "none"))
 
@@ -124,8 +118,8 @@ def write_dictionary_learning(sae: SAE, folder: Path) -> None:
         trainer["k"] = sae.method.k
     else:
         tensors["bias"] = b_pre
-    put(folder / "ae.pt", lambda partial: torch.save(tensors, partial))
-    put_json(folder / "config.json", {"trainer": trainer, "normalisation": sae.normalisation})
+    write_whole(folder / "ae.pt", lambda partial: torch.save(tensors, partial))
+    write_json(folder / "config.json", {"trainer": trainer, "normalisation": sae.normalisation})
 
 
 def read_dictionary_learning(folder: Path) -> SAE:
@@ -149,7 +143,7 @@ def write_openai(sae: SAE, folder: Path) -> None:
              "latents_mean_square": torch.zeros(sae.n_latents), "activation": "TopK" if is_topk else "ReLU"}
     if is_topk:
         state["activation_state_dict"] = {"k": sae.method.k, "postact_fn": "ReLU"}
-    put(folder / "autoencoder.pt", lambda partial: torch.save(state, partial))
+    write_whole(folder / "autoencoder.pt", lambda partial: torch.save(state, partial))
 
 
 def read_openai(folder: Path) -> SAE:
@@ -198,7 +192,8 @@ def load(folder: str | Path, format: str) -> SAE:
         The SAE, in evaluation mode. Its `normalisation` says what its inputs must have gone through.
 
     Raises:
-        ValueError: an unknown format, or an architecture that is not here.
-        FileNotFoundError: the folder does not hold the format's files.
+        ValueError: an unknown format, an architecture that is not here, or files that are missing or damaged.
     """
-    return of(format)[1](Path(folder))
+    read = of(format)[1]
+    with reading("folder", Path(folder), f"hold an SAE in the format {format!r}"):
+        return read(Path(folder))

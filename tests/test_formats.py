@@ -123,6 +123,33 @@ def test_a_saelens_sae_with_rows_of_any_norm_and_an_input_that_is_not_centred_is
     torch.testing.assert_close(back(X), (latents / norm) @ w["W_dec"] + w["b_dec"], rtol=1e-4, atol=1e-4)
 
 
+def test_a_topk_sae_that_saelens_wrote_before_version_6_is_read_as_topk(tmp_path):
+    sae = make("topk", "none")
+    formats.save(sae, tmp_path, "saelens")
+    about = json.loads((tmp_path / "cfg.json").read_text())
+    del about["k"]
+    (tmp_path / "cfg.json").write_text(json.dumps(about | {"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}))
+    back = formats.load(tmp_path, "saelens")
+    assert (back.method.key, back.method.sparsity) == ("topk", K)
+    torch.testing.assert_close(back(X), sae(X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", formats.FORMATS)
+def test_damaged_files_are_one_line_that_names_the_folder(format, tmp_path):
+    with pytest.raises(ValueError, match=f"folder is '.*': it must hold an SAE in the format '{format}'"):
+        formats.load(tmp_path, format)
+    formats.save(make("topk", sources.UNIT_NORM), tmp_path, format)
+    for file in list(tmp_path.iterdir()):
+        whole = file.read_bytes()
+        for part in (b"", b"{}", whole[: len(whole) // 2]):
+            file.write_bytes(part)
+            with pytest.raises(ValueError, match="folder is '.*': it must hold an SAE") as error:
+                formats.load(tmp_path, format)
+            assert "\n" not in str(error.value)
+        file.write_bytes(whole)
+    assert formats.load(tmp_path, format).method.key == "topk"
+
+
 @pytest.mark.parametrize("format, method, normalisation, message", [
     ("saelens2", "topk", "none", "format is 'saelens2': it must be one of saelens, sparsify, dictionary_learning, openai"),
     ("sparsify", "relu", "none", "method is 'relu': it must be topk or multi_topk"),
@@ -138,6 +165,9 @@ def test_what_a_format_cannot_hold_is_said_and_nothing_written(format, method, n
 
 @pytest.mark.parametrize("format, changed, message", [
     ("saelens", {"architecture": "gated"}, "architecture is 'gated': it must be"),
+    ("saelens", {"activation_fn_str": "tanh-relu"}, "activation_fn is 'tanh-relu': it must be"),
+    ("saelens", {"finetuning_scaling_factor": True}, "finetuning_scaling_factor is True: it must be"),
+    ("saelens", {"reshape_activations": "hook_z"}, "reshape_activations is 'hook_z': it must be"),
     ("saelens", {"normalize_activations": "expected_average_only_in"}, "normalize_activations is 'expected_average_only_in': it must be"),
     ("sparsify", {"activation": "groupmax"}, "activation is 'groupmax': it must be"),
     ("sparsify", {"transcode": True}, "transcode is True: it must be"),
