@@ -32,6 +32,7 @@ class Recorded:
                 out, terms = loop.forward(self.x, "sparse", precision)
                 self.l0 = out.l0()
                 self.terms = loop.backward(terms)
+            self.kept = dict(loop.scratch)  # what the recording writes to, also after another shape took its place there
         except RuntimeError as error:
             if "captur" not in str(error):  # as CUDA calls what a recording forbids
                 raise

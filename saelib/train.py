@@ -2,6 +2,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from saelib import dense, graphs, kernels, losses
 from saelib.auxk import auxk_term, default_k_aux
+from saelib.checks import require
+from saelib.files import reading, write_whole
 from saelib.sae import SAE, Output
 
 BETAS, EPS = (0.9, 0.999), 6.25e-10  # Paper: Appendix A.3
@@ -40,12 +43,12 @@ class Loop:
         for p in sae.parameters():  # as Adam makes it at its first step; here it lies below what comes and goes
             self.adam.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         self.tokens_since_fired = torch.zeros(sae.n_latents, dtype=torch.int64, device=device)
-        self.step, self.history, self.scratch, self.copies = 0, [], dense.Scratch(), {}
+        self.step, self.tokens, self.history, self.scratch, self.copies = 0, 0, [], dense.Scratch(), {}
         self.ema = torch.optim.swa_utils.AveragedModel(sae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
 
     def state(self) -> dict:
         return {"sae": self.sae.state_dict(), "adam": self.adam.state_dict(), "tokens_since_fired": self.tokens_since_fired,
-                "step": self.step, "history": self.history, "ema": self.ema.state_dict() if self.ema else None}
+                "step": self.step, "tokens": self.tokens, "history": self.history, "ema": self.ema.state_dict() if self.ema else None}
 
     def restore(self, state: dict) -> None:
         own = {name: self.adam.param_groups[0][name] for name in ("lr", "capturable")}  # of this device, and not of the one that saved
@@ -55,7 +58,7 @@ class Loop:
         self.adam.load_state_dict(state["adam"])
         self.adam.param_groups[0].update(own)
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
-        self.step, self.history = state["step"], state["history"]
+        self.step, self.tokens, self.history = state["step"], state["tokens"], state["history"]
         if self.ema:
             self.ema.load_state_dict(state["ema"])
 
@@ -151,8 +154,9 @@ class Loop:
         if log and x.device.type != "cpu":
             check_finite(terms, self.step)
         self.step += 1
+        self.tokens += len(x)
         if log:
-            self.history.append({"step": self.step, "tokens": self.step * len(x), "l0": float(l0),
+            self.history.append({"step": self.step, "tokens": self.tokens, "l0": float(l0),
                                  "dead_fraction": float((self.tokens_since_fired > self.dead_after).float().mean()),
                                  **{name: float(term) for name, term in terms.items()}})
 
@@ -166,7 +170,7 @@ def check_finite(terms: dict[str, Tensor], step: int) -> None:
 def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *, lr: float | None = None, penalty_warmup: float = 0.0,
           auxk_coef: float = 1 / 32, k_aux: int | None = None, dead_after: int = 10_000_000, ema_decay: float = 0.0,
           path: str = "sparse", precision: str = "fp32", on_step: Callable[[int], None] | None = None,
-          checkpoint: Path | None = None) -> list[dict[str, float]]:
+          checkpoint: Path | str | None = None) -> list[dict[str, float]]:
     """Train `sae` in place.
 
     The order of a step: zero grad; forward; count what fired; loss terms; finite check; backward; remove the decoder
@@ -174,7 +178,7 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
 
     Args:
         sae: the autoencoder, its b_pre already set.
-        batches: given the number of the step to start from, yields batches [batch_size, d_model] from there to `n_steps`.
+        batches: given the number of the step to start from, yields batches [batch_size, d_model], up to `n_steps` at least.
         n_steps: steps in all.
         lr: peak learning rate; the paper's rule if None.
         penalty_warmup: the fraction of the steps over which the method's penalty rises from 0 to its weight.
@@ -184,44 +188,58 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
         ema_decay: of the average of the weights that replaces them at the end; 0 for none.
         path, precision: of the forward pass (see `SAE.run`); the path "graph" is the sparse one, recorded and replayed on a GPU.
         on_step: called with the number of finished steps, after each.
-        checkpoint: a file to go on from if it exists; written every minute, removed at the end.
+        checkpoint: a file to go on from if it exists, and is of this run; written every minute, removed at the end.
 
     Returns:
         About 100 rows: step, tokens, l0, dead_fraction and each weighted term of the loss at that step.
 
     Raises:
-        FloatingPointError: a term of the loss is not finite.
-        ValueError: an unknown path, or "graph" where a step can't be recorded.
+        FloatingPointError: a term of the loss is not finite. On a GPU only the steps that leave a row are looked at, after their update.
+        ValueError: an unknown path, or "graph" where a step can't be recorded; too few batches; a checkpoint of another run.
 
     Paper: §2.4, §3.1, Appendix A
     """
     if path == "graph":
         graphs.check(sae)
-    loop = Loop(sae, lr or paper_lr(sae.n_latents), dead_after, auxk_coef, k_aux or default_k_aux(sae.d_model), ema_decay)
+    lr = paper_lr(sae.n_latents) if lr is None else lr
+    k_aux = default_k_aux(sae.d_model) if k_aux is None else k_aux
+    loop = Loop(sae, lr, dead_after, auxk_coef, k_aux, ema_decay)
+    about = {"method": sae.method.key, "sparsity": sae.method.sparsity, "n_steps": n_steps, "lr": lr, "penalty_warmup": penalty_warmup,
+             "auxk_coef": auxk_coef, "k_aux": k_aux, "dead_after": dead_after, "ema_decay": ema_decay}
     sae.train()
-    if checkpoint and checkpoint.exists():
-        loop.restore(torch.load(checkpoint, weights_only=True, map_location=sae.W_dec.device))
+    if checkpoint:
+        load_checkpoint(loop, Path(checkpoint), about)
     saved, log_every = time.monotonic(), max(1, n_steps // LOG_POINTS)
-    for x in batches(loop.step):
+    for x in islice(batches(loop.step), n_steps - loop.step):
         progress = loop.step / n_steps
         loop.one(x.to(sae.W_dec.device, non_blocking=True), schedule(loop.step, n_steps), min(1.0, progress / penalty_warmup) if penalty_warmup else 1.0,
                  path, precision, log=(loop.step + 1) % log_every == 0 or loop.step + 1 == n_steps)
         if checkpoint and time.monotonic() - saved > CHECKPOINT_SECONDS:
-            save_checkpoint(loop, checkpoint)
+            save_checkpoint(loop, Path(checkpoint), about)
             saved = time.monotonic()
         if on_step:
             on_step(loop.step)
+    if loop.step < n_steps:
+        raise ValueError(f"batches ended after {loop.step} steps: they must last for n_steps = {n_steps}")
     if loop.ema:
         sae.load_state_dict(loop.ema.module.state_dict())
         sae.normalise_decoder()
     sae.eval()
     if checkpoint:
-        checkpoint.unlink(missing_ok=True)
+        Path(checkpoint).unlink(missing_ok=True)
     return loop.history
 
 
-def save_checkpoint(loop: Loop, path: Path) -> None:
-    """Write the state beside its place and move it there, so that an interruption leaves the previous one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(loop.state(), path.with_suffix(".partial"))
-    path.with_suffix(".partial").replace(path)
+def save_checkpoint(loop: Loop, path: Path, about: dict) -> None:
+    """Write the state whole, with what the run is, so that an interruption leaves the previous one."""
+    write_whole(path, lambda partial: torch.save(loop.state() | {"about": about}, partial))
+
+
+def load_checkpoint(loop: Loop, path: Path, about: dict) -> None:
+    """Take up the state in `path`, if there is one. Raise ValueError if it is another run's, or can't be read."""
+    if path.exists():
+        with reading("checkpoint", path, "be a file that `train` wrote"):
+            state = torch.load(path, weights_only=True, map_location=loop.sae.W_dec.device)
+            for name, value in about.items():
+                require(state["about"][name] == value, "checkpoint", f"{path} of a run with {name} {state['about'][name]!r}", f"of this run, with {value!r}")
+            loop.restore(state)

@@ -110,9 +110,46 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where():
     assert all(torch.isfinite(p).all() for p in sae.parameters())
 
 
-def test_the_average_of_the_weights_has_unit_rows():
-    sae, _ = short(ema_decay=0.99)
-    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40))
+def test_the_average_of_the_weights_is_that_of_its_formula_with_unit_rows():
+    """m <- decay m + (1 - decay) w after each step, from the first step's w on."""
+    sae, seen = SAE(16, 40, "topk", 4), []
+    train(sae, batches_of(X, 3), 3, lr=1e-2, ema_decay=0.9, on_step=lambda step: seen.append({n: p.detach().clone() for n, p in sae.named_parameters()}))
+    for name, averaged in sae.named_parameters():
+        mean = seen[0][name]
+        for later in seen[1:]:
+            mean = 0.9 * mean + 0.1 * later[name]
+        torch.testing.assert_close(averaged.detach(), mean / mean.norm(dim=1, keepdim=True) if name == "W_dec" else mean)
+
+
+def test_more_batches_than_steps_are_left_and_fewer_are_an_error(tmp_path):
+    longer, expected = SAE(16, 40, "topk", 4), short()[1]
+    assert train(longer, batches_of(X, 10**9), 30, lr=1e-3) == expected
+    with pytest.raises(ValueError, match="batches ended after 10 steps: they must last for n_steps = 30"):
+        train(SAE(16, 40, "topk", 4), batches_of(X, 10), 30)
+
+
+def test_the_log_counts_the_tokens_of_a_shorter_last_batch():
+    parts = [X[:100], X[100:200], X[200:237]]
+    history = train(SAE(16, 40, "topk", 4), lambda start: iter(parts[start:]), 3)
+    assert [row["tokens"] for row in history] == [100, 200, 237]
+
+
+@pytest.mark.parametrize("changes, message", [({"lr": 2e-3}, "of a run with lr 0.001"), ({"n_steps": 40}, "of a run with n_steps 30")])
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(saelib.train, "CHECKPOINT_SECONDS", 0)
+
+    def stop(step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        short(checkpoint=str(tmp_path / "c.pt"), on_step=lambda step: step > 2 and stop(step))
+    settings = {"n_steps": 30, "lr": 1e-3} | changes
+    with pytest.raises(ValueError, match=message):
+        train(SAE(16, 40, "topk", 4), batches_of(X, 40), checkpoint=tmp_path / "c.pt", **settings)
+    for damaged in (b"", b"no checkpoint"):
+        (tmp_path / "c.pt").write_bytes(damaged)
+        with pytest.raises(ValueError, match="checkpoint is '.*c.pt': it must be a file that `train` wrote"):
+            short(checkpoint=tmp_path / "c.pt")
 
 
 def test_auxk_is_zero_with_nothing_dead():
