@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from saelib import kernels, losses
 
-THRESHOLD_RATE = 0.01  # weight of the newest batch in BatchTopK's running mean
+THRESHOLD_RATE = 0.01  # weight of the newest batch in BatchTopK's running mean, at least
 
 
 class Method(nn.Module):
@@ -75,7 +75,7 @@ class TopK(Method):
     key, label, knob, grid = "topk", "TopK", "k", (8, 16, 32, 64, 128)
 
     def check(self) -> None:
-        if self.sparsity != int(self.sparsity) or not 1 <= self.sparsity <= self.n_latents:
+        if not (1 <= self.sparsity <= self.n_latents and self.sparsity == self.sparsity // 1):
             raise ValueError(f"sparsity is {self.sparsity!r}: k must be a whole number from 1 to n_latents = {self.n_latents}")
 
     @property
@@ -125,6 +125,7 @@ class BatchTopK(TopK):
     def __init__(self, n_latents: int, sparsity: float):
         super().__init__(n_latents, sparsity)
         self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("n_cuts", torch.zeros(()))
 
     def cut(self, pre_acts: Float[Tensor, "batch any"]) -> Tensor:
         """t, if these are the largest pre-activations of each token."""
@@ -135,7 +136,8 @@ class BatchTopK(TopK):
     @torch.no_grad()
     def remember(self, cut: Tensor) -> None:
         if self.training:
-            self.threshold.copy_(torch.where(self.threshold == 0, cut, self.threshold.lerp(cut, THRESHOLD_RATE)))
+            self.n_cuts += 1
+            self.threshold.lerp_(cut, (1 / self.n_cuts).clamp_min(THRESHOLD_RATE))  # at first the mean of all: few steps are soon outdated
 
     def forward(self, pre_acts: Float[Tensor, "batch n_latents"]) -> Float[Tensor, "batch n_latents"]:
         cut = self.cut(pre_acts)

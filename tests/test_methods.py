@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import saelib
 from saelib import METHODS, SAE, methods
 
 SOME = {"k": 4, "l1_coef": 0.01}
@@ -91,6 +92,24 @@ def test_batchtopk_keeps_k_a_token_on_average_and_gives_more_to_tokens_that_need
     sae, x = SAE(16, 40, "batchtopk", 3), torch.randn(200, 16) * torch.linspace(0.1, 3, 200)[:, None]
     l0 = (sae.run(x, path).latents > 0).sum(1)
     assert l0.sum() == 3 * 200 and l0[:50].float().mean() < 1 < 5 < l0[150:].float().mean()
+
+
+def test_the_threshold_of_batchtopk_is_the_mean_of_the_cuts_and_then_a_running_one():
+    method, cuts = methods.BatchTopK(40, 3), [3.0, 1.0, 2.0, *[4.0] * 200]
+    for n, cut in enumerate(cuts, 1):
+        method.remember(torch.tensor(cut))
+        if n == 100:
+            expected = method.threshold.item()
+            assert expected == pytest.approx(sum(cuts[:100]) / 100, rel=1e-5)
+    for cut in cuts[100:]:
+        expected += 0.01 * (cut - expected)
+    assert method.threshold.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_after_a_short_run_batchtopk_still_keeps_about_k_on_held_out_tokens():
+    source = saelib.sources.synthetic(20_000, d_model=32, n_features=96, l0=4, seed=1)
+    l0 = saelib.fit(source, "batchtopk", 4, n_latents=96, n_tokens=100 * 256, batch_size=256, lr=8e-3, progress=False).metrics["l0"]
+    assert 3.3 < l0 < 4.7
 
 
 def test_batchtopk_in_use_does_not_look_at_the_other_tokens_of_a_batch():
