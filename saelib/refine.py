@@ -1,6 +1,7 @@
 """Refinement: the best latents that a frozen decoder and a frozen support allow."""
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.optimize import nnls
 from torch import Tensor
 
 ROWS = 1024  # tokens whose small systems are held at once
@@ -28,33 +29,41 @@ def descend(gram: Float[Tensor, "batch m m"], target: Float[Tensor, "batch m"], 
     a sweep; the sweeps end when none of them moves any coordinate by more than `tolerance`.
 
     Args:
-        gram: G, with ones on its diagonal.
+        gram: G, with a positive diagonal.
         target: c.
         start: where to begin, 0 or more.
         tolerance: in the units of z.
         max_sweeps: at most.
 
     Returns:
-        z.
-
-    Raises:
-        ValueError: `max_sweeps` were not enough.
+        z. Systems that still move after `max_sweeps`, as where two decoder rows nearly coincide, are solved by scipy's active-set method.
     """
-    z, moving = start.clone(), torch.arange(len(start))
-    here, slope = z.clone(), torch.einsum("bij,bj->bi", gram, z) - target
+    z, moving = start.clone(), torch.arange(len(start), device=start.device)
+    here, slope, G = z.clone(), torch.einsum("bij,bj->bi", gram, z) - target, gram
     for _ in range(max_sweeps):
         before = here.clone()
         for i in range(z.shape[1]):
-            step = torch.clamp_min(here[:, i] - slope[:, i] / gram[:, i, i], 0) - here[:, i]
+            step = torch.clamp_min(here[:, i] - slope[:, i] / G[:, i, i], 0) - here[:, i]
             here[:, i] += step
-            slope.addcmul_(gram[:, i], step[:, None])
+            slope.addcmul_(G[:, i], step[:, None])
         z[moving] = here
         on = (here - before).abs().amax(1) > tolerance
         if not on.any():
             return z
         if 2 * on.sum() < len(on):  # go on with the tokens that still move, once the others are the most
-            moving, here, slope, gram = moving[on], here[on], slope[on], gram[on]
-    raise ValueError(f"max_sweeps is {max_sweeps}: after so many, {int(on.sum())} tokens still move by more than {tolerance:g}")
+            moving, here, slope, G = moving[on], here[on], slope[on], G[on]
+    for token in moving.tolist():
+        z[token] = exact(gram[token], target[token])
+    return z
+
+
+def exact(gram: Float[Tensor, "m m"], target: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
+    """The same for one system, by scipy: with G = Aᵀ A it is min ||A z - b||, Aᵀ b = c."""
+    values, vectors = torch.linalg.eigh(gram.cpu())
+    kept = values > 1e-12 * values[-1]
+    root, A = values[kept].sqrt(), vectors[:, kept].t() * values[kept].sqrt()[:, None]
+    b = (vectors[:, kept].t() @ target.cpu()) / root
+    return torch.from_numpy(nnls(A.numpy(), b.numpy())[0]).to(gram)
 
 
 @torch.no_grad()

@@ -80,10 +80,22 @@ def test_a_token_without_active_latents_and_an_odd_number_of_tokens_are_fine():
     assert not refine.refine(x, torch.zeros_like(latents), W_dec, b_pre).any()
 
 
-def test_too_few_sweeps_are_an_error():
-    gram = torch.tensor([[[1.0, 0.9], [0.9, 1.0]]])
-    with pytest.raises(ValueError, match="max_sweeps is 1"):
-        refine.descend(gram, torch.tensor([[1.0, 1.2]]), torch.zeros(1, 2), max_sweeps=1)
+def test_what_still_moves_after_the_last_sweep_is_solved_exactly():
+    x, latents, W_dec, b_pre = problem()
+    expected = refine.refine(x, latents, W_dec, b_pre)
+    rows = W_dec[None].expand(len(x), -1, -1).double() * (latents > 0)[:, :, None]
+    gram = rows @ rows.transpose(1, 2) + torch.diag_embed((latents <= 0).double())
+    target = torch.einsum("bmd,bd->bm", rows, (x - b_pre).double())
+    found = refine.descend(gram, target, latents.double(), max_sweeps=1)
+    torch.testing.assert_close(found, expected.double(), rtol=0, atol=1e-5)
+
+
+def test_two_rows_that_nearly_coincide_do_not_stop_the_others():
+    W_dec = torch.tensor([[1.0, 0.0, 0.0], [0.9999, 0.0141, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    x = torch.tensor([[0.7, 0.005, 0.2], [0.1, -0.3, 0.4]], dtype=torch.float64)
+    refined = refine.refine(x, torch.ones(2, 3, dtype=torch.float64), W_dec, torch.zeros(3, dtype=torch.float64))
+    for token, found in zip(x, refined):
+        torch.testing.assert_close(found @ W_dec, torch.from_numpy(W_dec.numpy().T @ nnls(W_dec.numpy().T, token.numpy())[0]), rtol=0, atol=1e-5)
 
 
 def test_the_shift_is_the_change_of_the_sum_and_the_change_that_of_each():
