@@ -11,6 +11,8 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
+from saelib.checks import require
+
 UNIT_NORM = "unit_norm"
 FILE_TYPES = (".npy", ".safetensors")
 PIECE_ROWS = 2**17  # tokens looked at in one go
@@ -18,7 +20,7 @@ SAMPLE_ROWS = 2**13
 DICTIONARY_SEED = 20_240_606  # far from the seeds of SAEs: with an SAE's own seed its first rows would BE the dictionary
 
 
-def normalise(x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_model"]:
+def normalise(x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
     """Subtract each vector's mean over its dimensions, then scale it to unit norm.
 
     x <- (x - mean_d(x)) / ||x - mean_d(x)||
@@ -29,12 +31,13 @@ def normalise(x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_model
         x: activations as the model makes them.
 
     Returns:
-        Vectors of norm 1; a vector that is constant over its dimensions becomes 0.
+        Vectors of norm 1, in float32; a vector that is constant over its dimensions becomes 0.
 
     Paper: §2.1
     """
-    x = x - x.mean(1, keepdim=True)
-    return x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    x = x.float()  # a half has no room for squares
+    x = x - x.mean(-1, keepdim=True)
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 @dataclass
@@ -52,8 +55,11 @@ class Source:
     mean: Tensor = field(init=False)
 
     def __post_init__(self):
+        require(len(self.shards) > 0, "shards", self.shards, "a list of one tensor or more")
+        self.shards, self.held_out = [shard.detach() for shard in self.shards], self.held_out.detach()
         for tensor in [*self.shards, self.held_out]:
             check_activations(tensor)
+            require(tensor.shape[1] == self.d_model, "source", f"of widths {tensor.shape[1]} and {self.d_model}", "of one width, d_model")
         sums = sum(piece.float().sum(0, dtype=torch.float64) for shard in self.shards for piece in shard.split(PIECE_ROWS))
         self.mean = (sums / self.n_tokens).float()
 
@@ -139,17 +145,27 @@ def check_activations(x: Tensor) -> None:
             raise ValueError(f"source holds NaN or Inf, first in row {bad}: activations must be finite")
 
 
-def from_tensor(x: Tensor, name: str = "tensor", held_out_fraction: float = 0.1) -> Source:
-    """A source from your own activations, taken as they are; the last tenth of the rows is held out.
+def from_tensor(x: Tensor, name: str = "tensor", held_out_fraction: float = 0.1, normalisation: str = "none") -> Source:
+    """A source from your own activations; the last tenth of the rows is held out.
+
+    Args:
+        x: [n_tokens, d_model].
+        name: of the source.
+        held_out_fraction: of the rows, from the end.
+        normalisation: "none", which takes them as they are, or "unit_norm" (see `normalise`). An SAE that is trained on them keeps the word,
+            so that other tools learn it too (see `saelib.formats`).
 
     Raises:
         ValueError: not [n_tokens, d_model], fewer than two tokens, not floating point, or not finite.
     """
+    require(normalisation in ("none", UNIT_NORM), "normalisation", normalisation, f"'none' or {UNIT_NORM!r}")
     check_activations(x)
+    if normalisation == UNIT_NORM:
+        x = normalise(x)
     if len(x) < 2:
         raise ValueError(f"source has shape {list(x.shape)}: it must hold at least two tokens, one to train on and one to hold out")
     n_held_out = max(1, round(len(x) * held_out_fraction))
-    return Source(name, [x[:-n_held_out]], x[-n_held_out:])
+    return Source(name, [x[:-n_held_out]], x[-n_held_out:], normalisation)
 
 
 def from_file(path: Path, n_tokens: int) -> Source:
@@ -157,8 +173,10 @@ def from_file(path: Path, n_tokens: int) -> Source:
     if path.suffix == ".npy":
         x = torch.from_numpy(numpy.load(path, mmap_mode="c"))
     else:
-        x = next(iter(load_file(path).values()))
-    source = from_tensor(normalise(x.float()) if x.dim() == 2 else x, path.name)
+        tensors = load_file(path)
+        require(len(tensors) == 1, "source", f"{path.name} with tensors {', '.join(tensors)}", "a file with one tensor")
+        x, = tensors.values()
+    source = from_tensor(x, path.name, normalisation=UNIT_NORM)
     return Source(path.name, [source.shards[0][:n_tokens]], source.held_out, UNIT_NORM)
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from saelib import cache, sources, texts
+from saelib.checks import require
+from saelib.files import reading
 
 PYGPT = Path(__file__).parent / "pygpt"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -20,7 +22,7 @@ DEPTH = 0.75  # the residual stream is read this far through the model: after la
 WINDOWS = 64  # windows in one forward pass
 SPREAD = 4  # windows are drawn from a text this many times as long, so that a short run sees many files
 HELD_OUT_TOKENS = 16_384
-TEXT_OF = {"pygpt": "python", "minilm": "english"}  # what a subject reads unless told otherwise
+TEXT_OF = {"pygpt": "python", "minilm": "english", "gpt2": "Skylion007/openwebtext"}  # what a subject reads unless told otherwise
 
 
 def folder_of(subject: str) -> str:
@@ -47,9 +49,13 @@ def load(subject: str, device: str = "cpu"):
     """The model and the tokenizer of a subject, ready to be read. `trust_remote_code` is never set."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
     folder = folder_of(subject)
-    causal = any("CausalLM" in name or "LMHead" in name for name in AutoConfig.from_pretrained(folder).architectures or [])
-    model = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(folder, dtype=torch.float32)
-    return model.eval().requires_grad_(False).to(device), AutoTokenizer.from_pretrained(folder)
+    with reading("subject", subject, "be 'synthetic', 'pygpt', 'minilm', a .npy or .safetensors file, or a Hugging Face model by hub name or local folder"):
+        causal = any("CausalLM" in name or "LMHead" in name for name in AutoConfig.from_pretrained(folder).architectures or [])
+        model = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(folder, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    n_positions = getattr(model.config, "max_position_embeddings", CONTEXT)
+    require(n_positions >= CONTEXT, "subject", f"{subject} with {n_positions} positions", f"a model with {CONTEXT} or more")
+    return model.eval().requires_grad_(False).to(device), tokenizer
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
@@ -106,12 +112,13 @@ def windows(documents: Iterator[str], tokenizer, n_windows: int, context: int = 
     """
     cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
     wrapped = cls is not None and sep is not None
-    body, end = context - 2 * wrapped, [] if wrapped else [tokenizer.eos_token_id]
+    body, end = context - 2 * wrapped, [] if wrapped or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = []
     for text in documents:
         ids += end + tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
         if len(ids) >= SPREAD * n_windows * body:
             break
+    require(len(ids) >= body, "text", f"of {len(ids)} tokens in this split", f"long enough for a window of {body}")
     cut = torch.tensor(ids[: len(ids) // body * body], dtype=torch.int64).view(-1, body)
     cut = cut[torch.randperm(len(cut), generator=torch.Generator().manual_seed(0))[:n_windows]]
     if wrapped:
@@ -140,7 +147,7 @@ def activations(subject: str, text: str, split: str, n_tokens: int, layer: int |
     inner = slice(1, -1) if wrapped else slice(None)
     n_windows = -(-n_tokens // (CONTEXT - 2 * wrapped))
     ids = windows(texts.documents(text, split), tokenizer, n_windows)
-    yield from harvest(model, ids, layer or int(DEPTH * len(blocks(model))), inner, device)
+    yield from harvest(model, ids, max(1, int(DEPTH * len(blocks(model)))) if layer is None else layer, inner, device)
 
 
 def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: int | None = None,
@@ -161,8 +168,7 @@ def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: 
 
     Paper: §2.1
     """
-    if n_tokens < 1:
-        raise ValueError(f"n_tokens is {n_tokens!r}: it must be 1 or more")
+    require(n_tokens >= 1, "n_tokens", n_tokens, "1 or more")
     if subject == "synthetic":
         return sources.synthetic(n_tokens)
     if Path(subject).suffix in sources.FILE_TYPES:
@@ -172,7 +178,7 @@ def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: 
         raise ValueError(f"text is None: subject {subject!r} needs 'python', 'english', a local file or folder, or a data set's name")
     n_held_out = max(HELD_OUT_TOKENS, n_tokens // 10)
     parts = {}
-    for split, n in (("train", n_tokens), ("test", n_held_out)):
+    for split, n in (("test", n_held_out), ("train", n_tokens)):  # a text too short for the first is refused at once
         key = {"subject": model_key(subject), "text": texts.fingerprint(text), "split": split, "n_tokens": n, "layer": layer,
                "context": CONTEXT, "normalisation": sources.UNIT_NORM, "dtype": str(fast_dtype(device)), "code": CODE}
         parts[split] = cache.cached(key, activations(subject, text, split, n, layer, device), f"{Path(subject).name}-{split}")
@@ -185,7 +191,7 @@ def model_key(subject: str) -> str:
     if not folder.is_dir():
         return subject
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.json")):
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -9,9 +9,12 @@ import inspect
 import sysconfig
 import zlib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+from saelib.checks import require
 
 HELD_OUT_EVERY = 10
 NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
@@ -58,15 +61,20 @@ def english_text(split: str) -> Iterator[str]:
 
 
 def local_text(path: Path, split: str) -> Iterator[str]:
-    """Local text: each file a document or, of a single file, each block of lines between blank lines."""
+    """Local text, every tenth document held out: files are documents or, where they are fewer than ten, blocks of lines between blank
+    lines are, or else lines."""
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    named = ([(p.name, p.read_text("utf8", errors="replace")) for p in files] if len(files) > 1 else
-             [(str(i), block) for i, block in enumerate(files[0].read_text("utf8", errors="replace").split("\n\n"))])
-    yield from (text for name, text in named if text.strip() and is_held_out(name) == (split == "test"))
+    found = [p.read_text("utf8", errors="replace") for p in files]
+    for border in ("\n\n", "\n"):
+        if len(found) < HELD_OUT_EVERY:
+            found = [part for text in found for part in text.split(border) if part.strip()]
+    yield from (text for i, text in enumerate(found) if (i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == (split == "test"))
 
 
 def hub_text(name: str, split: str) -> Iterator[str]:
     """A data set of the Hugging Face hub with a `text` column, streamed; one document in ten is held out."""
+    require(find_spec("datasets") is not None, "text", name, f"one of {', '.join(map(repr, STDLIB_TEXTS))}, a local file or folder, or, with `pip install datasets`, "
+            "a data set of the Hugging Face hub")
     from datasets import load_dataset
     for i, row in enumerate(load_dataset(name, split="train", streaming=True)):
         if is_held_out(str(i)) == (split == "test"):

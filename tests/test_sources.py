@@ -53,6 +53,31 @@ def test_activations_that_cannot_be_used_are_refused_in_one_line(bad, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("shards, message", [([], "shards is \\[\\]"), ([torch.ones(3, 4), torch.ones(3, 5)], "source is 'of widths 5 and 4': it must be of one width")])
+def test_shards_that_do_not_fit_together_are_refused(shards, message):
+    with pytest.raises(ValueError, match=message):
+        sources.Source("t", shards, torch.ones(1, 4))
+
+
+def test_normalised_activations_keep_the_word_and_halves_do_not_overflow():
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) * 3000
+    x[0] = 0
+    for given in (x, x.half()):
+        source = sources.from_tensor(given, normalisation="unit_norm")
+        assert source.normalisation == "unit_norm" and not source.shards[0][0].any()
+        torch.testing.assert_close(source.shards[0], sources.normalise(x)[:36], atol=1e-3, rtol=0)
+    stacked = sources.normalise(x.view(4, 10, 6))
+    torch.testing.assert_close(stacked.view(40, 6), sources.normalise(x))
+    with pytest.raises(ValueError, match="normalisation is 'unit': it must be 'none' or 'unit_norm'"):
+        sources.from_tensor(x, normalisation="unit")
+
+
+def test_a_file_with_two_arrays_is_refused_by_their_names(tmp_path):
+    save_file({"resid": torch.randn(9, 4), "attention": torch.randn(9, 4)}, tmp_path / "two.safetensors")
+    with pytest.raises(ValueError, match="two.safetensors with tensors attention, resid': it must be a file with one tensor"):
+        saelib.open_source(str(tmp_path / "two.safetensors"), 5)
+
+
 def test_synthetic_activations_are_made_of_their_dictionary():
     source = sources.synthetic(4000, d_model=32, n_features=64, l0=3, noise=0.0)
     assert source.truth.shape == (64, 32) and source.held_out.shape == (400, 32)

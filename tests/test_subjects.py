@@ -69,6 +69,43 @@ def test_the_cache_is_keyed_by_layer_text_and_weights(tiny, text, tmp_path):
     assert all({"subject", "text", "split", "n_tokens", "layer", "context", "normalisation", "dtype", "code"} == set(k) for k in keys)
 
 
+@pytest.mark.parametrize("n_files, blocks", [(1, 400), (5, 100), (1, 1)])
+def test_a_tenth_of_any_local_text_is_held_out(tmp_path, n_files, blocks):
+    for i in range(n_files):
+        (tmp_path / f"{i}.txt").write_text(("\n\n" if blocks > 1 else "\n").join(f"{i} {j} words of it" for j in range(max(blocks, 200))))
+    train, held_out = (list(texts.local_text(tmp_path, split)) for split in ("train", "test"))
+    assert len(held_out) == (len(train) + len(held_out)) // 10 > 0 and not set(held_out) & set(train)
+
+
+@pytest.mark.parametrize("words", ["", "too short to cut\n" * 12])
+def test_a_text_that_is_too_short_is_named(tiny, tmp_path, monkeypatch, words):
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "short.txt").write_text(words)
+    with pytest.raises(ValueError, match=r"text is 'of \d+ tokens in this split': it must be long enough for a window of 64"):
+        subjects.open_source(tiny["gpt"], 100, text=str(tmp_path / "short.txt"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_missing_model_or_text_is_named_and_leaves_nothing(tiny, text, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="subject is 'no/such/model/here': it must be 'synthetic', 'pygpt'") as error:
+        subjects.open_source("no/such/model/here", 100, text=text)
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(texts, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="text is 'missing.txt': it must be one of 'python', 'english', a local file"):
+        subjects.open_source(tiny["gpt"], 100, text="missing.txt")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_first_block_is_layer_1_and_other_weights_are_another_model(tiny, text, tmp_path):
+    with pytest.raises(ValueError, match="layer is 0: it must be from 1 to 2"):
+        subjects.open_source(tiny["gpt"], 100, text=text, layer=0)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"one")
+    before = subjects.model_key(str(tmp_path / "model"))
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"two")
+    assert subjects.model_key(str(tmp_path / "model")) != before
+
+
 def test_a_subject_without_a_text_is_refused(tiny):
     with pytest.raises(ValueError, match="text is None: subject .* needs"):
         subjects.open_source(tiny["gpt"], 100)
