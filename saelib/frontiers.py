@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from saelib.checks import require
+from saelib.methods import METHODS
 from saelib.runs import RunConfig
 from saelib.sweeps import sweep
 
@@ -73,6 +75,9 @@ def bisect(config: RunConfig, target_l0: float, *, tolerance: float = 0.05, most
     Returns:
         Every run that it took, in order; the last one hit, unless `most` runs were not enough.
     """
+    require(METHODS[config.method].knob == "l1_coef", "method", config.method, "one whose knob is an L1 coefficient")
+    require(config.sparsity > 0, "sparsity", config.sparsity, "above 0")
+    require(target_l0 > 0, "target_l0", target_l0, "above 0")
     rows, below, above = [], None, None  # sparsity with L0 below, above the target
     while len(rows) < most:
         rows += sweep([config], store, device=device)

@@ -1,31 +1,29 @@
 """Experiments as data: one run, and the row that it leaves."""
-import hashlib
-import importlib.metadata
-import platform
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from math import inf
+from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from saelib import metrics, native, sources, subjects
+from saelib import metrics, sources, subjects
+from saelib.checks import require
 from saelib.methods import Method
+from saelib.origin import inputs, provenance
 from saelib.sae import SAE, geometric_median
 from saelib.selection import has_kernels
 from saelib.train import paper_lr, train
 
-PACKAGE = Path(__file__).parent
-DECIDING = ("auxk", "cache", "checks", "dense", "graphs", "kernels", "losses", "methods", "metrics", "native", "runs", "sae", "selection",
-            "sources", "subjects", "texts", "train", "triton_adam", "triton_kernels", "triton_select", "variants")
 MEDIAN_ROWS = 8192
 BF16_WEIGHTS = 2**16
+PATHS, PRECISIONS = ("auto", "sparse", "graph", "native", "dense"), ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -50,16 +48,29 @@ class RunConfig:
     precision: str = "auto"
 
     def __post_init__(self):
-        for name in ("n_latents", "n_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be 1 or more")
+        whole = {"n_latents": 1, "n_tokens": 1, "batch_size": 1, "seed": 0, "source_tokens": 1, "layer": 0, "dead_after": 1}
+        for name, least in whole.items():
+            value = getattr(self, name)
+            require(value is None or is_whole(value) and value >= least, name, value, f"a whole number, {least} or more")
+        for name, (low, high) in {"sparsity": (-inf, inf), "lr": (0, inf), "penalty_warmup": (0, 1), "auxk_coef": (0, inf), "ema_decay": (0, 0.999999)}.items():
+            value = getattr(self, name)
+            require(value is None or isinstance(value, Real) and low <= value <= high, name, value, f"a number from {low:g} to {high:g}")
+        require(self.path in PATHS, "path", self.path, f"one of {', '.join(PATHS)}")
+        require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        for name in (*whole, "sparsity"):  # 4.0 and numpy's 4 become 4, so that a row of a store is found again
+            if is_whole(getattr(self, name)):
+                object.__setattr__(self, name, int(getattr(self, name)))
 
     def resolve(self) -> "RunConfig":
         """The same with every None filled in that training needs: the paper's learning rate; a penalty that rises over
         the first tenth; `dead_after` a tenth of the run, for our runs are far shorter than the paper's 10M tokens."""
-        return replace(self, lr=self.lr or paper_lr(self.n_latents), source_tokens=self.source_tokens or self.n_tokens,
-                       penalty_warmup=0.1 if self.penalty_warmup is None else self.penalty_warmup,
-                       dead_after=self.dead_after or min(10_000_000, max(1, self.n_tokens // 10)))
+        rules = {"lr": paper_lr(self.n_latents), "source_tokens": self.n_tokens, "penalty_warmup": 0.1,
+                 "dead_after": min(10_000_000, max(1, self.n_tokens // 10))}
+        return replace(self, **{name: value for name, value in rules.items() if getattr(self, name) is None})
+
+
+def is_whole(value) -> bool:
+    return isinstance(value, Real) and value == value // 1
 
 
 class Fit(NamedTuple):
@@ -86,7 +97,9 @@ def pick_path(path: str, device: str, method: Method) -> str:
 
 def pick_device(device: str) -> str:
     """The device that "auto" stands for: the GPU if there is one."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    there = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    require(device in ("auto", *there), "device", device, f"'auto' or one that is here: {', '.join(map(repr, there))}")
+    return there[-1] if device == "auto" else device
 
 
 def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", on_tokens=None, checkpoint: Path | None = None) -> Fit:
@@ -97,31 +110,38 @@ def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", 
     with torch.no_grad():
         sae.b_pre.copy_(geometric_median(next(source.batches(min(MEDIAN_ROWS, source.n_tokens), 1, config.seed))))
     sae.to(device)
-    n_steps, start = -(-config.n_tokens // batch_size), time.monotonic()
+    n_steps, start, begun, seen = -(-config.n_tokens // batch_size), time.monotonic(), 0, 0
 
     def batches(step: int) -> Iterator[Tensor]:
+        nonlocal begun
+        begun = step  # above 0 if a checkpoint was there
         upcoming = source.batches(batch_size, n_steps, config.seed, step)
         return sources.ahead(upcoming) if device != "cpu" and source.shards[0].device.type == "cpu" else upcoming
+
+    def count(step: int) -> None:
+        nonlocal seen
+        seen, before = min(step * batch_size, config.n_tokens), seen
+        on_tokens(seen - before)
 
     history = train(sae, batches, n_steps, lr=config.lr,
                     penalty_warmup=config.penalty_warmup, auxk_coef=config.auxk_coef, dead_after=config.dead_after,
                     ema_decay=config.ema_decay, path=pick_path(config.path, device, sae.method), checkpoint=checkpoint,
                     precision=pick_precision(config.precision, device, sae.W_enc.numel()),
-                    on_step=on_tokens and (lambda step: on_tokens(min(batch_size, config.n_tokens - (step - 1) * batch_size))))
-    seconds = time.monotonic() - start
+                    on_step=on_tokens and count)
+    seconds = (time.monotonic() - start) * n_steps / max(1, n_steps - begun)
     measured = metrics.evaluate(sae, source.held_out, source.mean)
     if source.truth is not None:
         measured |= metrics.recovery(sae.W_dec, source.truth.to(device))
     return Fit(sae, measured | {"tokens_per_second": n_steps * batch_size / seconds, "seconds": seconds}, history)
 
 
-def fit(source: Tensor | sources.Source, method: str = "topk", sparsity: float = 32, *, n_latents: int, n_tokens: int,
+def fit(source: Tensor | numpy.ndarray | sources.Source, method: str = "topk", sparsity: float = 32, *, n_latents: int, n_tokens: int,
         batch_size: int = 1024, lr: float | None = None, seed: int = 0, device: str = "auto", path: str = "auto",
         progress: bool = True) -> Fit:
     """Train a sparse autoencoder on activations.
 
     Args:
-        source: [n_tokens, d_model] activations, used as they are, or a saelib source.
+        source: [n_tokens, d_model] activations, a tensor or an array, used as they are; or a saelib source.
         method: a key of `METHODS`.
         sparsity: k for "topk", the L1 coefficient for "relu".
         n_latents: size of the dictionary.
@@ -143,34 +163,14 @@ def fit(source: Tensor | sources.Source, method: str = "topk", sparsity: float =
 
     Paper: §2, Appendix A
     """
+    if isinstance(source, numpy.ndarray):
+        source = torch.from_numpy(source)
     if isinstance(source, Tensor):
         source = sources.from_tensor(source)
+    require(isinstance(source, sources.Source), "source", type(source).__name__, "a [n_tokens, d_model] tensor or array, or a saelib source")
     config = RunConfig(source.name, method, sparsity, n_latents, n_tokens, batch_size, lr, seed, path=path)
     with tqdm(total=n_tokens, unit="tok", unit_scale=True, disable=not progress, desc=f"{method} {sparsity:g}") as bar:
         return fit_source(source.on(pick_device(device)), config, device, bar.update)
-
-
-@cache
-def code_hash() -> str:
-    """A hash of what decides a row's numbers: the built-in model and the modules from activations to metrics."""
-    digest = hashlib.sha256((subjects.PYGPT / "model.safetensors").read_bytes())
-    for name in DECIDING:
-        digest.update((PACKAGE / f"{name}.py").read_bytes())
-    digest.update(native.SOURCE.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-@cache
-def provenance(device: str) -> dict[str, str]:
-    """What a row says of where it was made: package versions, hardware, commit, code."""
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=PACKAGE, capture_output=True, text=True).stdout.strip()
-    try:
-        version = importlib.metadata.version("saelib")
-    except importlib.metadata.PackageNotFoundError:  # run from a clone, as on a machine without a network
-        version = "not installed"
-    return {"saelib": version, "torch": torch.__version__, "python": platform.python_version(),
-            "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU {torch.backends.cpu.get_cpu_capability()}",
-            "commit": commit or "unknown", "code": code_hash()}
 
 
 _SOURCES: dict[tuple, sources.Source] = {}
@@ -180,7 +180,7 @@ _OPENING = threading.Lock()
 def open_source(config: RunConfig, device: str = "cpu") -> sources.Source:
     """The source of a run; members of a sweep that ask for the same share it."""
     config = config.resolve()
-    key = config.subject, config.source_tokens, config.text, config.layer, device
+    key = config.subject, config.source_tokens, config.text, config.layer, inputs(config), device
     with _OPENING:
         if key not in _SOURCES:
             _SOURCES[key] = subjects.open_source(config.subject, config.source_tokens, text=config.text, layer=config.layer, device=device).on(device)
@@ -194,7 +194,7 @@ def run(config: RunConfig, device: str = "auto", on_tokens=None, checkpoint: Pat
         {"config", "metrics", "provenance", "date"}, JSON-able.
     """
     device = pick_device(device)
+    made = provenance(device) | {"inputs": inputs(config)}  # as they are now: training may take hours
     result = fit_source(open_source(config, device), config, device, on_tokens, checkpoint)
-    made = provenance(device) | {"precision": pick_precision(config.precision, device, result.sae.W_enc.numel()),
-                                 "path": pick_path(config.path, device, result.sae.method)}
+    made |= {"precision": pick_precision(config.precision, device, result.sae.W_enc.numel()), "path": pick_path(config.path, device, result.sae.method)}
     return {"config": asdict(config), "metrics": result.metrics, "provenance": made, "date": time.strftime("%Y-%m-%d")}

@@ -4,16 +4,20 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from saelib.runs import RunConfig, code_hash, pick_device, run
+from saelib.files import reading
+from saelib.origin import code_hash, inputs
+from saelib.runs import RunConfig, pick_device, run
 
 STREAMS = 4  # members of a sweep at once on a GPU
+
 
 def read_rows(store: Path | str) -> list[dict]:
     """The rows of a store, in the order in which they were written. A torn last line, left by a kill, is cut off."""
@@ -24,7 +28,8 @@ def read_rows(store: Path | str) -> list[dict]:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         os.truncate(store, len(whole.encode()))
-    return [json.loads(line) for line in whole.splitlines()]
+    with reading("store", store, "hold one JSON object on each line"):
+        return [json.loads(line) for line in whole.splitlines()]
 
 
 def side_by_side(task: Callable, items: Iterable, device: str = "cpu", stop: threading.Event | None = None) -> list:
@@ -51,6 +56,8 @@ def side_by_side(task: Callable, items: Iterable, device: str = "cpu", stop: thr
     with ThreadPoolExecutor(n_cores if on_cpu else STREAMS) as pool:
         futures = [pool.submit(alone, item) for item in items]
         try:
+            for future in as_completed(futures):  # a task that fails is heard of before those that started earlier have ended
+                future.result()
             return [future.result() for future in futures]
         except BaseException:
             if stop:
@@ -64,9 +71,9 @@ def side_by_side(task: Callable, items: Iterable, device: str = "cpu", stop: thr
 def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, device: str = "auto", progress: bool = True) -> list[dict]:
     """The rows of `configs`, in their order: read from the store where it has them, run where it lacks them.
 
-    A row counts only if the code that made it is the code that is here. Members run side by side, a thread and a core or a stream
-    each, and share the activations, so that a row does not depend on how many run at once. Each row is written when it is done: kill the sweep,
-    and the next call goes on from there.
+    A row counts only if it was made by the code that is here, from the files that are here (see `inputs` of `saelib.runs`). Members run side by side, a thread and a core or a stream
+    each, and share the activations, so that a row does not depend on how many run at once. Each row is written when it is done, and a member
+    that takes long leaves a checkpoint each minute: kill the sweep, and the next call goes on from there.
 
     Args:
         configs: what to run.
@@ -78,10 +85,13 @@ def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, devi
         One row (see `run`) for each config.
     """
     configs, device = list(configs), pick_device(device)
-    done = {json.dumps(row["config"]): row for row in read_rows(store) if row["provenance"]["code"] == code_hash()} if store else {}
-    todo = [config for config in dict.fromkeys(configs) if json.dumps(asdict(config)) not in done]
+    kept = {json.dumps(row["config"]): row for row in read_rows(store) if row["provenance"]["code"] == code_hash()} if store else {}
+    names = {config: json.dumps(asdict(config)) for config in configs}
+    done = {config: kept[name] for config, name in names.items() if name in kept and kept[name]["provenance"].get("inputs") == inputs(config)}
+    todo = [config for config in names if config not in done]
     if store and todo:
         Path(store).parent.mkdir(parents=True, exist_ok=True)
+    checkpoints = store and Path(store).with_suffix(".checkpoints")
     stop, writing = threading.Event(), threading.Lock()
     bar = tqdm(total=sum(c.n_tokens for c in todo), unit="tok", unit_scale=True, disable=not (progress and todo),
                mininterval=2, desc=f"{len(todo)} runs", file=sys.stderr)
@@ -92,13 +102,20 @@ def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, devi
             raise KeyboardInterrupt
 
     def member(config: RunConfig) -> None:
-        row = run(config, device, count)
+        identity = names[config] + code_hash() + inputs(config)
+        try:
+            row = run(config, device, count, checkpoints and checkpoints / f"{sha256(identity.encode()).hexdigest()[:16]}.pt")
+        except Exception as error:
+            error.add_note(f"in {config}")
+            raise
         with writing:
-            done[json.dumps(row["config"])] = row
+            done[config] = row
             if store:
                 with open(store, "a") as file:
                     file.write(json.dumps(row) + "\n")
 
     with bar:
         side_by_side(member, todo, device, stop)
-    return [done[json.dumps(asdict(config))] for config in configs]
+    if store and checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
+    return [done[config] for config in configs]

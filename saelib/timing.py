@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from saelib import runs
+from saelib import origin
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
 
 
 @cache
 def machine(device: str) -> dict:
-    """What a row of the benchmark says of where it was made: `runs.provenance`, the processor, its cores and the threads used."""
+    """What a row of the benchmark says of where it was made: `origin.provenance`, the processor, its cores and the threads used."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return runs.provenance(device) | {"processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return origin.provenance(device) | {"processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
 def seconds_of(step: Callable[[Tensor], object], x: Tensor, repeats: int = 1) -> float:

@@ -1,11 +1,16 @@
 import json
+import os
+import subprocess
 import sys
+import threading
+from dataclasses import asdict
 
+import numpy
 import pytest
 import torch
 
 import saelib
-from saelib import methods, profiles, runs, sweeps
+from saelib import methods, origin, profiles, runs, sweeps
 from saelib.runs import RunConfig
 
 
@@ -36,8 +41,11 @@ def test_a_planted_dictionary_is_found():
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"n_latents": 0}, "n_latents is 0: it must be 1 or more"), ({"n_tokens": 0}, "n_tokens is 0"), ({"batch_size": 0}, "batch_size is 0"),
+    ({"n_latents": 0}, "n_latents is 0: it must be a whole number, 1 or more"), ({"n_tokens": 0}, "n_tokens is 0"), ({"batch_size": 0}, "batch_size is 0"),
     ({"sparsity": 100}, "sparsity is 100: k must be a whole number from 1 to n_latents = 64"), ({"sparsity": 0}, "sparsity is 0"),
+    ({"sparsity": float("nan")}, "sparsity is nan"),
+    ({"lr": -1.0}, "lr is -1.0: it must be a number from 0"), ({"device": "gpu"}, "device is 'gpu': it must be 'auto' or one that is here: 'cpu'"),
+    ({"path": "fast"}, "path is 'fast': it must be one of auto"), ({"seed": -1}, "seed is -1"),
     ({"method": "topq"}, "method is 'topq': it must be one of"),
 ])
 def test_a_bad_argument_is_one_line_that_names_it(changes, message):
@@ -54,7 +62,7 @@ def test_the_batch_is_never_larger_than_the_run():
 def test_a_row_says_what_was_asked_measured_and_where(tmp_path):
     row = saelib.run(config())
     assert row["config"]["sparsity"] == 4 and row["metrics"]["l0"] <= 4
-    assert {"saelib", "torch", "python", "hardware", "commit", "code", "precision", "path"} == set(row["provenance"])
+    assert {"saelib", "torch", "python", "hardware", "commit", "code", "inputs", "precision", "path"} == set(row["provenance"])
     assert json.loads(json.dumps(row)) == row
 
 
@@ -80,11 +88,11 @@ def test_a_torn_last_line_is_run_again_and_the_rest_is_kept(tmp_path):
 def test_rows_of_other_code_do_not_count(tmp_path, monkeypatch):
     store = tmp_path / "rows.jsonl"
     saelib.sweep([config()], store, progress=False)
-    for module in (runs, sweeps):
+    for module in (origin, sweeps):
         monkeypatch.setattr(module, "code_hash", lambda: "changed")
-    runs.provenance.cache_clear()
+    origin.provenance.cache_clear()
     saelib.sweep([config()], store, progress=False)
-    runs.provenance.cache_clear()
+    origin.provenance.cache_clear()
     assert [r["provenance"]["code"] for r in sweeps.read_rows(store)][1] == "changed"
 
 
@@ -99,11 +107,112 @@ def test_members_of_a_sweep_equal_the_same_runs_alone(precision):
     assert [metrics_of(r) for r in together] == [metrics_of(r) for r in alone]
 
 
-def test_one_failing_member_stops_the_sweep_and_keeps_what_was_done(tmp_path):
+def test_one_failing_member_stops_the_sweep_says_which_it_was_and_keeps_what_was_done(tmp_path, monkeypatch):
     store = tmp_path / "rows.jsonl"
-    with pytest.raises(ValueError, match="sparsity is 500"):
-        saelib.sweep([config(), config(sparsity=500)], store, progress=False)
-    assert all(r["config"]["sparsity"] == 4 for r in sweeps.read_rows(store))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})  # one after the other
+    with pytest.raises(FloatingPointError, match="not finite") as error:
+        saelib.sweep([config(), config(lr=1e30), config(seed=1)], store, progress=False)
+    assert "lr=1e+30" in error.value.__notes__[0]
+    assert [r["config"]["seed"] for r in sweeps.read_rows(store)] == [0]
+
+
+def test_a_failure_is_heard_of_before_those_that_started_earlier_have_ended(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    stop, ended = threading.Event(), []
+
+    def task(item):
+        if item == 1:
+            raise ZeroDivisionError
+        ended.append((item, stop.wait(30)))
+
+    with pytest.raises(ZeroDivisionError):
+        sweeps.side_by_side(task, range(9), stop=stop)
+    assert (0, True) in ended and len(ended) <= 2
+
+
+def test_rows_of_other_files_and_of_other_methods_do_not_count(tmp_path, monkeypatch):
+    def overwrite(seed):
+        numpy.save(tmp_path / "acts.npy", torch.randn(400, 8, generator=torch.Generator().manual_seed(seed)).numpy())
+
+    class Own(methods.TopK):
+        key = "own"
+
+    monkeypatch.setitem(methods.METHODS, "own", Own)
+    asked, store = config(subject=str(tmp_path / "acts.npy"), method="own", n_latents=16, n_tokens=400), tmp_path / "rows.jsonl"
+    overwrite(0)
+    first, = saelib.sweep([asked], store, progress=False)
+    assert saelib.sweep([asked], store, progress=False) == [first]
+    overwrite(1)
+    second, = saelib.sweep([asked], store, progress=False)
+    assert second["metrics"]["normalized_mse"] != first["metrics"]["normalized_mse"]
+    Own.forward = lambda self, pre_acts: torch.relu(pre_acts)
+    third, = saelib.sweep([asked], store, progress=False)
+    assert third["metrics"]["l0"] > second["metrics"]["l0"] and len(sweeps.read_rows(store)) == 3
+
+
+def test_a_sweep_that_is_killed_within_a_member_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    from saelib import train
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    straight, = saelib.sweep([config()], progress=False)
+    one, asked, started = train.Loop.one, [config()], []
+
+    def killed(loop, *args, **options):
+        started.append(loop.step)
+        if len(started) == 5:
+            raise KeyboardInterrupt
+        return one(loop, *args, **options)
+
+    monkeypatch.setattr(train.Loop, "one", killed)
+    with pytest.raises(KeyboardInterrupt):
+        saelib.sweep(asked, tmp_path / "rows.jsonl", progress=False)
+    assert [p.suffix for p in (tmp_path / "rows.checkpoints").iterdir()] == [".pt"]
+    resumed, = saelib.sweep(asked, tmp_path / "rows.jsonl", progress=False)
+    assert started == [0, 1, 2, 3, 4, *range(4, 10)] and metrics_of(resumed) == metrics_of(straight)
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_zero_is_a_value_and_a_whole_number_is_one_however_it_is_written():
+    assert config(lr=0.0).resolve().lr == 0 and json.dumps(asdict(config(sparsity=4.0))) == json.dumps(asdict(config()))
+
+
+WRONG_TYPES = """
+import numpy, torch
+from saelib import RunConfig, fit
+made = RunConfig("synthetic", "topk", numpy.int64(4), numpy.int64(64), 2e3, seed=numpy.int64(1))
+assert [type(value) for value in (made.sparsity, made.n_latents, made.n_tokens, made.seed)] == [int] * 4
+for source, changes, message in ((torch.randn(20, 4), {"sparsity": "8"}, "sparsity is '8': it must be a number"),
+                                 (torch.randn(20, 4), {"n_latents": 16.5}, "n_latents is 16.5: it must be a whole number, 1 or more"),
+                                 ([torch.randn(20, 4)], {}, "source is 'list': it must be a [n_tokens, d_model] tensor or array")):
+    try:
+        fit(source, **{"n_latents": 8, "n_tokens": 10} | changes)
+    except ValueError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
+"""
+
+
+def test_other_types_are_taken_by_their_value_or_refused_in_one_line():
+    subprocess.run([sys.executable, "-c", WRONG_TYPES], check=True)  # beside the type checks of these tests
+
+
+def test_a_store_with_a_damaged_line_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{\n{}\n")
+    with pytest.raises(ValueError, match=r"store is '.*rows.jsonl': it must hold one JSON object on each line"):
+        sweeps.read_rows(tmp_path / "rows.jsonl")
+
+
+def test_without_git_or_in_somebody_elses_repository_the_commit_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setattr(origin, "PACKAGE", tmp_path)
+    assert origin.commit() == "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert origin.commit() == "unknown"
+
+
+@pytest.mark.parametrize("source", [torch.randn(60, 4).numpy(), torch.randn(60, 4, requires_grad=True), torch.randn(60, 4, requires_grad=True) * 2])
+def test_arrays_and_tensors_with_a_history_are_activations_too(source):
+    assert saelib.fit(source, "topk", 2, n_latents=8, n_tokens=120, batch_size=20, progress=False).metrics["l0"] <= 2
+    assert not isinstance(source, torch.Tensor) or not source.is_leaf or source.grad is None
 
 
 def test_progress_goes_to_stderr_and_can_be_silent(capsys):
@@ -159,7 +268,7 @@ def test_tasks_side_by_side_keep_their_order_have_a_core_each_and_stop_at_the_fi
 
 def test_a_clone_that_is_not_installed_says_so_in_its_rows(monkeypatch):
     def missing(name):
-        raise runs.importlib.metadata.PackageNotFoundError(name)
+        raise origin.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(runs.importlib.metadata, "version", missing)
-    assert runs.provenance.__wrapped__("cpu")["saelib"] == "not installed"
+    monkeypatch.setattr(origin.importlib.metadata, "version", missing)
+    assert origin.provenance.__wrapped__("cpu")["saelib"] == "not installed"

@@ -93,10 +93,10 @@ def settings_of(profile):
 
 def code_hash(profile):
     """Hash of all that decides the data of a profile."""
-    from saelib import runs
+    from saelib import origin
 
     settings = vars(settings_of(profile)) | {"store": None}
-    parts = [runs.code_hash().encode(), repr(settings).encode(), Path(__file__).read_bytes()]
+    parts = [origin.code_hash().encode(), repr(settings).encode(), Path(__file__).read_bytes()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

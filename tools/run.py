@@ -45,9 +45,9 @@ def code_cells(notebook):
 
 def code_hash(notebook):
     """Hash of all code that decides the numbers of this notebook."""
-    from saelib import runs
+    from saelib import origin
 
-    digest = hashlib.sha256(runs.code_hash().encode())
+    digest = hashlib.sha256(origin.code_hash().encode())
     for module in sorted(ROOT.glob("saelib/*.py")):
         if module.stem not in ("plots", "speed_plots"):
             digest.update(module.read_bytes())
@@ -102,9 +102,7 @@ def execute(source, parameters, scratch):
 
 def replace_file(path, notebook):
     """Write whole or not at all."""
-    partial = path.with_name(f".{path.stem}.partial.ipynb")
-    nbformat.write(notebook, partial)
-    os.replace(partial, path)
+    write_whole(path, lambda partial: nbformat.write(notebook, partial))
 
 
 def parameters_of(source):
