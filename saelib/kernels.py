@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saelib.selection import has_kernels, largest
 
-BLOCK_ROWS = 256  # tokens whose pre-activations are held at once: few enough to stay in the cache
+BLOCK_ROWS = 512  # tokens whose pre-activations are held at once: few enough to stay in the cache
 MARGIN = 0.25  # extra candidates that a bf16 selection keeps for the exact choice
 
 with warnings.catch_warnings():  # torch says once that its CSR tensors are in beta: let it say so here, to nobody

@@ -33,11 +33,10 @@ def largest(values: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "row
     size = min((size for size in SIZES if n % size == 0 and k * size <= n), key=lambda size: n / size + (size > 1) * k * size)
     if n <= LEAF or size == 1:
         return topk(values, k)
-    groups = values.view(rows, size, n // size)
-    best = largest(groups.amax(1), k)[1]
-    candidates = groups.gather(2, best[:, None].expand(rows, size, k)).view(rows, size * k)
-    found, place = largest(candidates, k)
-    return found, place.div(k, rounding_mode="floor") * (n // size) + best.gather(1, place % k)
+    best = largest(values.view(rows, size, n // size).amax(1), k)[1]
+    candidates = (best[:, None] + torch.arange(0, n, n // size, device=values.device)[:, None]).view(rows, size * k)
+    found, place = largest(values.gather(1, candidates), k)
+    return found, candidates.gather(1, place)
 
 
 def topk(values: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
