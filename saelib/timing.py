@@ -157,7 +157,7 @@ import json, sys
 import torch
 from saelib import contestants, timing
 torch.set_num_threads(int(sys.argv[6]))
-contestants.Ours(contestants.Setting(16, 64, 2, 8), "topk").step(torch.randn(8, 16))  # loads what is loaded at first use
+contestants.Ours(contestants.Setting(16, 64, 2, 8), "topk", precision=sys.argv[5]).step(torch.randn(8, 16))  # loads what is loaded at first use
 timing.forget_peak()
 before = timing.peak_resident()
 setting = contestants.Setting(*map(int, sys.argv[1:5]))
