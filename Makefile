@@ -57,7 +57,7 @@ notebooks: $(VENV)/.installed
 	@$(BIN)/python tools/run.py --refresh-committed
 
 bench: $(VENV)/.installed
-	@$(BENCH_PYTHON) -m saelib.bench --out book/results/speed.jsonl
+	@$(BENCH_PYTHON) -m saelib.bench --out saelib/rows/speed.jsonl
 
 keep: $(VENV)/.installed
 	@$(BIN)/python tools/keep.py

@@ -39,6 +39,15 @@ def provenance(device: str) -> dict[str, str]:
             "commit": commit(), "code": code_hash()}
 
 
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+
+
 def commit() -> str:
     """The commit of the clone that this package lies in, or "unknown": installed, or without git."""
     try:

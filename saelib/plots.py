@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 STYLE = Path(__file__).with_name("book.mplstyle")
-LOOK = {"relu": ("#000000", "o"), "topk": ("#0072B2", "s"), "batchtopk": ("#009E73", "^"), "jumprelu": ("#D55E00", "D"),
-        "gated": ("#CC79A7", "v"), "prolu": ("#332288", "x"), "spare": ("#882255", "+")}
+LOOK = {"relu": ("#000000", "o"), "topk": ("#0072B2", "s"), "batchtopk": ("#009E73", "^"), "spare": ("#882255", "+")}
 SHADES = ("#0072B2", "#D55E00", "#009E73", "#882255", "#332288", "#7a7a7a")
 PENALTY_LOOK = {"none": ("#7a7a7a", "x"), "L1": LOOK["relu"], "L2": ("#D55E00", "D"), "smooth 0.01": ("#0072B2", "^"),
                 "smooth 0.1": ("#009E73", "v"), "smooth 1": ("#882255", "s")}

@@ -126,7 +126,9 @@ def store_of(chapter: str, profile: str) -> Path | None:
     """Where a chapter's rows are kept: `quick` keeps none, so that a test always runs what it checks."""
     if profile == "quick":
         return None
-    return Path(os.environ.get("SAELIB_RUNS", Path(__file__).parents[1] / "runs")) / profile / f"{chapter}.jsonl"
+    clone = Path(__file__).parents[1]
+    root = clone if (clone / "pyproject.toml").is_file() else Path.cwd()  # installed, there is no clone to keep them in
+    return Path(os.environ.get("SAELIB_RUNS", root / "runs")) / profile / f"{chapter}.jsonl"
 
 
 def lr_of(subject: str, method: str, profile: str) -> float | None:

@@ -7,7 +7,7 @@ from saelib import sweeps
 from saelib.contestants import Setting
 from saelib.files import write_whole
 
-RESULTS = Path(__file__).parents[1] / "book" / "results" / "speed.jsonl"
+RESULTS = Path(__file__).parent / "rows" / "speed.jsonl"  # part of the package, so that an installed one can draw them
 
 
 def text(rows: list[dict]) -> str:

@@ -5,7 +5,6 @@ compared with the floor in the same round, and the median is taken of these rati
 """
 import importlib.metadata
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,11 +25,7 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 25
 @cache
 def machine(device: str) -> dict:
     """What a row of the benchmark says of where it was made: `origin.provenance`, the processor, its cores and the threads used."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return origin.provenance(device) | {"processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return origin.provenance(device) | {"processor": origin.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
 def seconds_of(step: Callable[[Tensor], object], x: Tensor, repeats: int = 1) -> float:

@@ -48,6 +48,8 @@ def test_a_gpu_step_is_judged_at_every_size_against_the_loop_and_by_its_error():
     assert verdicts.judge("S9", steps=good, excess=0.01)["verdict"] == "held"
     for bad, excess in (({(131072, 8192): (2.21, 7.0)}, 0.0), ({(32768, 8192): (3.0, 8.9)}, 0.0), ({}, 0.011)):
         assert verdicts.judge("S9", steps=good | bad, excess=excess)["verdict"] == "held in part"
+    assert verdicts.judge("S9", steps=dict(list(good.items())[1:]), excess=0.01)["verdict"] == "held in part"  # what was not measured has not held
+    assert [verdicts.judge("S10", members=members, seconds=100)["verdict"] for members in (12, 11)] == ["held", "held in part"]
 
 
 PART_A = [*(f"A1.{i}" for i in range(1, 8)), *(f"A2.{i}" for i in range(1, 7)), *(f"A3.{i}" for i in range(1, 5))]

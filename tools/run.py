@@ -126,11 +126,9 @@ def processor():
     """The processor's name and number of cores, and the GPU's name where torch sees one."""
     import torch
 
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    hardware = f"{os.cpu_count()} cores of {name}"
+    from saelib import origin
+
+    hardware = f"{os.cpu_count()} cores of {origin.processor()}"
     if torch.cuda.is_available():
         hardware += f", {torch.cuda.get_device_name()}"
     return hardware
