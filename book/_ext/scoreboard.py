@@ -38,7 +38,7 @@ COLUMNS = {
     "verdict": "Verdict",
     "ours": "Ours",
     "paper": "Paper's figure",
-    "criterion": "Criterion, fixed before the run",
+    "criterion": "Criterion",
     "section": "In the paper",
 }
 
@@ -138,18 +138,23 @@ class Scoreboard(SphinxDirective):
 
 
 class Summary(SphinxDirective):
-    """One line: how many claims were put to the test, and how many have each verdict."""
+    """Two lines: how many claims of the paper and how many of ours were put to the test, and how many have each verdict."""
 
     def run(self):
         self.env.metadata[self.env.docname]["scoreboard"] = True
         for docname in notebook_pages(self.env):
             self.env.note_dependency(str(executed_path(self.env.app, docname)))
-        counts = Counter(row["verdict"] for row in verdicts(self.env.app))
-        line = nodes.paragraph("", "", nodes.strong(text=f"{counts.total()} claims put to the test: "), classes=["scoreboard-summary"])
+        rows = verdicts(self.env.app)
+        own = [row for row in rows if str(row["section"]).startswith("ours")]
+        return [self.line(f"{len(rows) - len(own)} claims of the paper: ", [row for row in rows if row not in own]), self.line(f"{len(own)} of our own: ", own)]
+
+    def line(self, title, rows):
+        counts = Counter(row["verdict"] for row in rows)
+        line = nodes.paragraph("", "", nodes.strong(text=title), classes=["scoreboard-summary"])
         for verdict, badge in BADGES.items():
             line += nodes.inline(text=f"{badge} {counts[verdict]}", classes=["verdict-badge", verdict.replace(" ", "-")])
             line += nodes.Text(" ")
-        return [line]
+        return line
 
 
 class recorded_number(nodes.inline):  # noqa: N801 (docutils names nodes in lower case)
