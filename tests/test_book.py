@@ -322,8 +322,8 @@ def test_a_picture_links_to_itself_and_says_how_wide_it_was_drawn(book):
     (book.folder / "conf.py").write_text(CONF.replace('"scoreboard"]', '"scoreboard", "frontier", "accessible"]'))
     assert book.build() == ""
     drawn = 'style="--drawn-width: 902px"><img'
-    assert f'<a class="image-reference wide" href="_static/frontier/01_toy.svg" {drawn}' in book.page("index")
-    assert re.search(rf'<a class="image-reference wide" href="../_images/\w+.svg" {drawn}', book.page("notebooks/01_toy"))
+    assert f'<a class="image-reference wide full-width" href="_static/frontier/01_toy.svg" {drawn}' in book.page("index")
+    assert re.search(rf'<a class="image-reference wide full-width" href="../_images/\w+.svg" {drawn}', book.page("notebooks/01_toy"))
 
 
 def test_a_frontier_has_the_rows_of_every_profile_that_was_run_or_kept(book):

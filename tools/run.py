@@ -102,6 +102,8 @@ def execute(source, parameters, scratch):
 
 def replace_file(path, notebook):
     """Write whole or not at all."""
+    from saelib.files import write_whole
+
     write_whole(path, lambda partial: nbformat.write(notebook, partial))
 
 

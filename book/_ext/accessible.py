@@ -23,7 +23,7 @@ def fitted(app, match):
     width = picture_width(app, match[2])
     if width is None:
         return match[0]
-    kind = "image-reference wide" if width > COLUMN else "image-reference"
+    kind = "image-reference wide full-width" if width > COLUMN else "image-reference"  # the theme's word, at which its contents make room
     return f'<a class="{kind}" href="{match[1]}" style="--drawn-width: {width}px">{match[0]}</a>'
 
 
