@@ -20,21 +20,21 @@ CLAIMS = {
     "A1.1": Claim("ReLU with an L1 penalty trains a working SAE, and λ sets the trade-off", "§2.2",
                   "In every seed L0 falls and normalized MSE rises with each step of λ, and some λ gives L0 below half of d_model with less error than as many principal components",
                   "the baseline; no figure given", criteria.l1_trades),
-    "A1.2": Claim("L1 pulls on every active latent with the same force, L2 with a force that vanishes", "§2.2",
+    "A1.2": Claim("L1 pulls on every active latent with the same force, L2 with a force that vanishes", "ours, on §2.2",
                   "Autograd's derivative of the penalty is λ for every active latent and 2λz for L2, to a relative 1e-5; L2's least is below 1 % of its largest",
                   "no figure given", criteria.constant_pull),
-    "A1.3": Claim("The constant pull makes exact zeros; L2 does not", "§2.2",
+    "A1.3": Claim("The constant pull makes exact zeros; L2 does not", "ours, on §2.2",
                   "The 1-D minimiser is exactly 0 for all 0 < x <= λ/2 under L1 and for no x > 0 under L2; at equal error L2 has more active latents in every seed; "
                   "L1 has more exact zeros than no penalty; and L2 with ReLU has below 1 %",
                   "no figure given", criteria.pull_makes_zeros),
-    "A1.4": Claim("The subgradient that is chosen for |z| at 0 cannot matter behind a ReLU", "§2.2",
+    "A1.4": Claim("The subgradient that is chosen for |z| at 0 cannot matter behind a ReLU", "ours, on §2.2",
                   "Trained with the choices -1, 0, 0.5 and 1, all weights agree bit for bit on every subject in every seed, though more than 10 % of the latents are exactly 0; "
                   "and the same comparison finds a difference in a case that is built to have one",
                   "no figure given", criteria.same_bits),
-    "A1.5": Claim("A smooth approximation removes L1's corner and, without the ReLU, its exact zeros", "§2.2",
+    "A1.5": Claim("A smooth approximation removes L1's corner and, without the ReLU, its exact zeros", "ours, on §2.2",
                   "The 1-D minimiser is 0 for all 0 < x <= λ/2 under L1 and for no x > 0 under any smooth L1; SAEs without ReLU have below 0.1 % exact zeros under every smooth L1, and more under L1",
                   "no figure given", criteria.smooth_loses_zeros),
-    "A1.6": Claim("L1 is a poor stand-in for L0: codes with the same L0 have any L1, and without unit-norm decoder rows the penalty is gamed", "§2.2",
+    "A1.6": Claim("L1 is a poor stand-in for L0: codes with the same L0 have any L1, and without unit-norm decoder rows the penalty is gamed", "§2.3",
                   "Without the constraint, in every seed: the mean norm of the decoder rows is above 2, L1 below half and L0 above that of the constrained twin. "
                   "On every subject, over tokens with exactly k active latents, the 95th percentile of L1 is more than 1.5 times the 5th",
                   "no figure given", criteria.gamed),
@@ -45,11 +45,11 @@ CLAIMS = {
                   "Without AuxK the loss has the one term squared_error; on every subject all held-out tokens have as active latents the k largest values of a full sort, "
                   "and for more than half of them the k largest magnitudes would be others",
                   "Eq. (3)", criteria.largest_values),
-    "A2.2": Claim("TopK's gradient reaches only the latents it selected: the exact Jacobian of a piecewise-linear map, and it trains better than a straight-through one", "§2.3",
+    "A2.2": Claim("TopK's gradient reaches only the latents it selected: the exact Jacobian of a piecewise-linear map, and it trains better than a straight-through one", "ours, on §2.3",
                   "Relative to its size, autograd's gradient is within 1e-12 of the mask's and 1e-6 of finite differences, and straight-through's is more than 0.1 away; "
                   "straight-through's normalized MSE is above TopK's in every seed",
                   "no figure given", criteria.exact_jacobian),
-    "A2.3": Claim("TopK's selection is discrete: its output jumps at a tie, and active sets settle during training", "§2.3",
+    "A2.3": Claim("TopK's selection is discrete: its output jumps at a tie, and active sets settle during training", "ours, on §2.3",
                   "On a path cut 16 times finer TopK's largest step keeps more than 90 % of its size and ReLU's less than 20 %; in every seed fewer tokens change "
                   "their active set between TopK's last two checkpoints than between its first two",
                   "no figure given", criteria.discrete),
@@ -62,7 +62,7 @@ CLAIMS = {
     "A2.6": Claim("TopK does not shrink its active latents", "§2.3, §5.1",
                   "On every subject and in every seed, refinement changes the sum of TopK's active latents by less than 2 %",
                   "TopK's refined values are not biased upwards (read off the figure of §5.1)", criteria.unbiased),
-    "A3.1": Claim("Refinement moves ReLU's latents up as a whole; TopK's move less and without a bias", "§5.1",
+    "A3.1": Claim("Refinement moves ReLU's latents up as a whole; TopK's move less, and their sum by less than a quarter as much", "§5.1",
                   "On every subject and in every seed: the sum of ReLU's active latents rises; TopK's absolute changes, relative to the sum, are smaller than ReLU's; "
                   "and the change of TopK's sum is within a quarter of ReLU's",
                   "ReLU's values are biased downwards, TopK's less (read off the figure of §5.1)", criteria.refined),

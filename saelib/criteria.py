@@ -131,13 +131,14 @@ def smooth_loses_zeros(in_1d: dict[str, float], without_relu: dict[str, float]):
 
 
 def same_bits(different: dict[str, int], control: int, exact_zeros: float):
-    return (f"weights that differ from those of choice 0: {', '.join(f'{name} {n}' for name, n in different.items())}; "
+    text = ", ".join(f"{name} {n}" for name, n in different.items() if n) or f"none in any of {len(different)} comparisons"
+    return (f"weights that differ from those of choice 0: {text}; "
             f"in the control {'some' if control else 'none'}; {exact_zeros:.1%} of the latents in training were exactly 0",
             [not any(different.values()), control > 0, exact_zeros > 0.1])
 
 
 def opposite_orders(margin: float, pair: str, definitions: str):
-    return f"{pair}, {definitions}: the smaller of the two differences is {margin:.1%}", [margin > 0.01]
+    return f"{pair}, {definitions}: the smaller of the two differences is {margin:.1%}" if margin else "no pair in opposite orders", [margin > 0.01]
 
 
 def own_activations(excess: float, errors: list[float], all_errors: list[float]):

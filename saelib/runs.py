@@ -103,7 +103,18 @@ def pick_device(device: str) -> str:
 
 
 def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", on_tokens=None, checkpoint: Path | None = None) -> Fit:
-    """Train and judge the SAE that `config` describes on an open source: the one path that `fit` and `run` share."""
+    """Train and judge the SAE that `config` describes on an open source, your own activations too, with every setting that there is.
+
+    Args:
+        source: as `sources.from_tensor` or `open_source` makes it.
+        config: its `subject` is a name here, and nothing is opened.
+        device: "cpu", "cuda", or "auto".
+        on_tokens: called after each step with the tokens that it took.
+        checkpoint: see `train`.
+
+    Returns:
+        `Fit`, as `fit` does, which calls this.
+    """
     config, device = config.resolve(), pick_device(device)
     batch_size = min(config.batch_size, config.n_tokens)
     sae = SAE(source.d_model, config.n_latents, config.method, config.sparsity, normalisation=source.normalisation, seed=config.seed)
