@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from saelib import kernels, metrics, profiles, runs, subjects, sweeps, timing
+from saelib import metrics, profiles, runs, subjects, sweeps, timing
 from saelib.contestants import CASES, RELU, Floor, Ours, Setting, auto, auto_name, fast_paths, floors, ours, plain
 from saelib.parts import large_copy, parts, predict
 from saelib.peers import peers
@@ -97,9 +97,8 @@ def memory(settings: list[Setting]) -> Iterator[dict]:
         return
     for s in settings:
         weights = 2 * s.n_latents * s.d_model + s.n_latents + s.d_model
+        needed = 4 * (4 * weights + 256 * s.n_latents + s.batch_size * s.d_model)  # parameters, gradients, two moments; a block; the batch
         precision = auto(s)[1]
-        block = kernels.BLOCK_ROWS * s.n_latents * (2 if precision == "bf16" else 4)
-        needed = 4 * (4 * weights + s.batch_size * s.d_model) + block  # parameters, gradients, two moments; the batch
         peaks = [timing.peak_of_training(s.d_model, s.n_latents, s.k, s.batch_size, precision) for _ in range(PROCESSES)]
         yield {"table": "memory", "setting": asdict(s), "case": "topk", "name": f"saelib, {precision}", "peak_bytes": statistics.median(peaks),
                "needed_bytes": needed, "ratio": timing.quartiles([peak / needed for peak in peaks]), "rounds": PROCESSES}

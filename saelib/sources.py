@@ -62,6 +62,7 @@ class Source:
             require(tensor.shape[1] == self.d_model, "source", f"of widths {tensor.shape[1]} and {self.d_model}", "of one width, d_model")
         sums = sum(piece.float().sum(0, dtype=torch.float64) for shard in self.shards for piece in shard.split(PIECE_ROWS))
         self.mean = (sums / self.n_tokens).float()
+        require(bool((self.held_out != self.mean).any()), "source", "the same vector again and again", "activations that differ: there is nothing to explain otherwise")
 
     @property
     def d_model(self) -> int:

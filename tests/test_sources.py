@@ -43,6 +43,7 @@ def test_your_own_activations_are_split_at_the_end():
     (torch.zeros(3), r"source has shape \[3\]: it must be \[n_tokens, d_model\]"),
     (torch.zeros(0, 4), r"source has shape \[0, 4\]: it must hold at least one token"),
     (torch.zeros(1, 4), "at least two tokens"),
+    (torch.full((20, 4), 0.1), "source is 'the same vector again and again': it must be activations that differ"),
     (torch.zeros(5, 4, dtype=torch.int64), "source has dtype torch.int64"),
     (torch.tensor([[1.0], [2.0], [float("nan")]]), "source holds NaN or Inf, first in row 2"),
     (torch.tensor([[1.0], [float("inf")], [1.0]]), "source holds NaN or Inf, first in row 1"),
