@@ -364,7 +364,7 @@ def test_a_frontier_is_a_static_picture_without_javascript_and_in_print(page, br
 def test_the_first_screen_shows_the_headline_figure_and_the_verdicts(page):
     open_page(page, "book/intro.html", viewport={"width": 1280, "height": 800})
     for part in (".scoreboard-summary", ".frontier-live svg.chart"):
-        box = page.locator(part).bounding_box()
+        box = page.locator(part).last.bounding_box()
         assert box["y"] > 0 and box["y"] + box["height"] < 800
 
 
@@ -373,11 +373,11 @@ def minutes_to_read(name):
 
 
 @pytest.mark.skipif(not (SITE / "notebooks").exists(), reason="this site has no chapters")
-def test_the_route_of_an_hour_takes_about_an_hour_and_all_chapters_about_two():
+def test_the_route_of_an_hour_takes_about_an_hour_and_all_chapters_about_two_and_a_half():
     route = next(line for line in re.split(r"\n- ", (ROOT / "book" / "intro.md").read_text("utf8")) if "**An hour.**" in line)
     named = re.findall(r"notebooks/(\w+)\.ipynb", route)
     assert 50 <= sum(map(minutes_to_read, named)) <= 65
-    assert 100 <= sum(minutes_to_read(path.stem) for path in (SITE / "notebooks").glob("*.html")) <= 140
+    assert 130 <= sum(minutes_to_read(path.stem) for path in (SITE / "notebooks").glob("*.html")) <= 165
 
 
 # The scoreboard's filter
