@@ -110,7 +110,8 @@ def test_the_count_of_operations_is_that_of_the_paper():
     assert counted["group by latent"].bytes == 4 * (2 + 8) * 64 * 4  # two passes over 2-byte keys
 
 
-def test_memory_is_measured_in_a_process_of_its_own(small):
+def test_memory_is_measured_in_a_process_of_its_own(small, monkeypatch):
+    monkeypatch.setattr(bench, "PROCESSES", 1)
     weights = 2 * 8192 * 64 + 8192 + 64
     row = next(iter(bench.memory([Setting(64, 8192, 4, 64)])))
     assert row["needed_bytes"] == 4 * (4 * weights + 256 * 8192 + 64 * 64)
