@@ -2,8 +2,8 @@
 
 How many latents are active is not known before they are computed, and changes in training: half of them at the start, few at the
 end. While many are, four more matrix products follow. Once few are, the active ones are multiplied one by one (see
-`saelib.kernels`), which computes the same and costs less. Where it can be compiled, `saelib.native` serves all shares above one in 80. The
-plain twin of all is `SAE.forward` with `path="dense"`, which leaves the gradients to autograd.
+`saelib.kernels`), which computes the same and costs less. Where it is asked for, `saelib.native` serves the shares between, unless the CPU
+multiplies faster than it can skip. The plain twin of all is `SAE.forward` with `path="dense"`, which leaves the gradients to autograd.
 """
 import math
 
@@ -12,9 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelib import kernels, native
+from saelib.products import linear
 
 FEW = 24  # latents for each active one from which one by one is cheaper: in bfloat16 about there, in float32 a little earlier
 FEW_COMPILED = 80  # the same where the other way is `saelib.native`
+FEW_ON_TILES = 64  # the same where the CPU multiplies matrices of bfloat16 in tiles (AMX), and too fast for any other way
 FEW_WANTED = 3  # the same for its product of which only the active entries are wanted
 SAMPLE = 64  # tokens on which the share is counted
 GROUP = 8  # latents whose maximum is looked at first
@@ -37,6 +39,14 @@ def few_active(latents: Float[Tensor, "batch n_latents"], few: float = FEW) -> b
     return not latents.is_cuda and few * int((sample > 0).sum()) < sample.numel()
 
 
+def way(latents: Float[Tensor, "batch n_latents"], compiled: bool) -> type[torch.autograd.Function]:
+    """The cheapest of the three below, by the share of active latents and by how fast this CPU multiplies."""
+    tiles = latents.dtype == torch.bfloat16 and not latents.is_cuda and torch.cpu._is_amx_tile_supported()
+    if few_active(latents, FEW_ON_TILES if tiles else FEW_COMPILED if compiled else FEW):
+        return _Few
+    return _Compiled if compiled and not tiles else _Many
+
+
 def nonzero(latents: Float[Tensor, "batch n_latents"]) -> tuple[Tensor, Tensor]:
     """Tokens and latents of the positive entries, token by token: `torch.nonzero`, on fewer numbers.
 
@@ -53,7 +63,10 @@ def nonzero(latents: Float[Tensor, "batch n_latents"]) -> tuple[Tensor, Tensor]:
 def masked_product(latents: Tensor, tokens: Tensor, rows: Tensor, start: Tensor, scratch: Scratch) -> Tensor:
     """<tokens_b, rows_j> + start_bj where a latent is active, and 0 elsewhere: by a product of matrices."""
     out = scratch.take("grad", latents.shape, latents.dtype, latents.device)
-    torch.addmm(start, tokens, rows.t(), out=out)
+    if start.stride(0) == 0:  # the same for every token, as L1's gradient is
+        out = linear(tokens, rows, start[0].contiguous(), out)
+    else:
+        torch.addmm(start, tokens, rows.t(), out=out)
     return torch.ops.aten.threshold_backward.grad_input(out, latents, 0, grad_input=out)
 
 
@@ -148,6 +161,5 @@ def relu(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[T
     with torch.no_grad():
         centred, encoder = x - b_pre, W_enc.to(dtype)
         latents = scratch.take("latents", (len(x), len(W_enc)), dtype, x.device)
-        torch.addmm(b_enc.to(dtype), centred.to(dtype), encoder.t(), out=latents).relu_()
-    way = _Few if few_active(latents, FEW_COMPILED if compiled else FEW) else _Compiled if compiled else _Many
-    return way.apply(x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch)
+        latents = linear(centred.to(dtype), encoder, b_enc.to(dtype), latents, rectify=True)
+    return way(latents, compiled).apply(x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch)

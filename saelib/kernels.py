@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saelib.products import linear
 from saelib.selection import has_kernels, largest
 
 BLOCK_ROWS = 512  # tokens whose pre-activations are held at once: few enough to stay in the cache
@@ -163,12 +164,12 @@ def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_e
 def choose(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype, find: Callable) -> tuple[Tensor, Tensor]:
     """The k largest of x W_encᵀ + b_enc as `dtype` computes them, a block of tokens at a time (see `select`)."""
     values, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int32, device=x.device)
-    weight, bias = W_enc.to(dtype).t(), b_enc.to(dtype)
+    weight, bias = W_enc.to(dtype), b_enc.to(dtype)
     buffer = torch.empty(min(BLOCK_ROWS, len(x)), len(W_enc), dtype=dtype, device=x.device)
     for start in range(0, len(x), BLOCK_ROWS):
         here = slice(start, start + BLOCK_ROWS)
         block = x[here].to(dtype)
-        values[here], indices[here] = find(torch.addmm(bias, block, weight, out=buffer[: len(block)]), k)
+        values[here], indices[here] = find(linear(block, weight, bias, buffer[: len(block)]), k)
     return values, indices
 
 

@@ -13,7 +13,7 @@ from saelib import native, subjects
 from saelib.methods import METHODS
 
 PACKAGE = Path(__file__).parent
-DECIDING = ("auxk", "cache", "checks", "dense", "files", "graphs", "kernels", "losses", "methods", "metrics", "native", "origin", "runs", "sae", "selection",
+DECIDING = ("auxk", "cache", "checks", "dense", "files", "graphs", "kernels", "losses", "methods", "metrics", "native", "origin", "products", "runs", "sae", "selection",
             "sources", "subjects", "texts", "train", "triton_adam", "triton_kernels", "triton_select", "variants")
 
 

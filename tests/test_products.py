@@ -1,0 +1,35 @@
+"""The product with what follows it, against the same in three steps; and which way a ReLU step takes."""
+import pytest
+import torch
+
+from saelib import dense
+from saelib.products import linear
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize("rectify", [False, True])
+@pytest.mark.parametrize("batch, d, n", [(1, 1, 1), (7, 5, 33), (64, 32, 96)])
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_product_is_the_one_of_three_steps(monkeypatch, dtype, tolerance, rectify, batch, d, n, fused):
+    if not fused:
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    x, weight, bias = (tensor.to(dtype) for tensor in (random(batch, d), random(n, d, seed=1), random(n, seed=2)))
+    exact = x.double() @ weight.double().t() + bias.double()
+    found = linear(x, weight, bias, torch.empty(batch, n, dtype=dtype), rectify)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), exact.relu() if rectify else exact, rtol=2 * tolerance, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("dtype, tiles, compiled, one_in, way", [
+    (torch.float32, False, False, 20, dense._Many), (torch.float32, False, False, 30, dense._Few), (torch.float32, False, True, 30, dense._Compiled),
+    (torch.float32, False, True, 100, dense._Few), (torch.float32, True, True, 30, dense._Compiled), (torch.bfloat16, False, True, 30, dense._Compiled),
+    (torch.bfloat16, True, True, 30, dense._Many), (torch.bfloat16, True, False, 30, dense._Many), (torch.bfloat16, True, True, 70, dense._Few)])
+def test_the_way_of_a_relu_step_follows_from_the_share_and_the_cpu(monkeypatch, dtype, tiles, compiled, one_in, way):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    latents = torch.zeros(64, one_in, dtype=dtype)
+    latents[:, 0] = 1
+    assert dense.way(latents, compiled) is way
