@@ -2,7 +2,7 @@
 
 How many latents are active is not known before they are computed, and changes in training: half of them at the start, few at the
 end. While many are, four more matrix products follow. Once few are, the active ones are multiplied one by one (see
-`saelib.kernels`), which computes the same and costs less. Where it is asked for, `saelib.native` serves the shares between, unless the CPU
+`saelib.pairs`), which computes the same and costs less. Where it is asked for, `saelib.native` serves the shares between, unless the CPU
 multiplies faster than it can skip. The plain twin of all is `SAE.forward` with `path="dense"`, which leaves the gradients to autograd.
 """
 import math
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelib import kernels, native
+from saelib import native, pairs
 from saelib.products import linear
 
 FEW = 24  # latents for each active one from which one by one is cheaper: in bfloat16 about there, in float32 a little earlier
@@ -74,7 +74,7 @@ class _Many(torch.autograd.Function):
     """Decoding by a matrix product, and three or four more for the gradients, all in the type of the latents."""
 
     @staticmethod
-    def forward(ctx, x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch):
+    def forward(ctx, x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch, kind):
         decoder = W_dec.to(latents.dtype)
         ctx.save_for_backward(centred.to(latents.dtype), W_enc, encoder, decoder, latents)
         ctx.scratch = scratch
@@ -88,30 +88,27 @@ class _Many(torch.autograd.Function):
         grad_b_enc = grad.sum(0).to(W_enc.dtype)
         grad_W_enc, grad_W_dec = (grad.t() @ centred).to(W_enc.dtype), (latents.t() @ cast_grad).to(W_enc.dtype)
         grad_x = (grad @ encoder).to(W_enc.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_x_hat.sum(0) - grad_b_enc @ W_enc, grad_W_enc, grad_b_enc, grad_W_dec, None, None, None, None
+        return grad_x, grad_x_hat.sum(0) - grad_b_enc @ W_enc, grad_W_enc, grad_b_enc, grad_W_dec, None, None, None, None, None
 
 
 class _Few(torch.autograd.Function):
     """The same over the active latents alone, in the type of the weights."""
 
     @staticmethod
-    def forward(ctx, x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch):
+    def forward(ctx, x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch, kind):
         ctx.places = tokens, indices = nonzero(latents)
         starts = torch.zeros(len(x) + 1, dtype=torch.int32, device=x.device)
         torch.cumsum(torch.bincount(tokens, minlength=len(x)), 0, out=starts[1:])
-        ctx.active, values = kernels.Active(indices.int(), len(W_enc), starts), latents[ctx.places].to(x.dtype)
+        ctx.active, values = kind(indices.int(), len(W_enc), starts), latents[ctx.places].to(x.dtype)
         ctx.save_for_backward(centred, W_enc, W_dec, values)
         return ctx.active.decode(values, W_dec).add_(b_pre), latents.detach()
 
     @staticmethod
     def backward(ctx, grad_x_hat, grad_latents):
         (centred, W_enc, W_dec, values), active = ctx.saved_tensors, ctx.active
-        grad_x_hat = grad_x_hat.contiguous()
-        grad = active.dot(grad_x_hat, W_dec).add_(grad_latents[ctx.places])
-        grad_b_enc = active.sum_latents(grad)
+        grad, grad_W_enc, grad_b_enc, grad_W_dec = active.backward(grad_x_hat.contiguous(), W_dec, grad_latents[ctx.places], centred, values)
         grad_x = active.decode(grad, W_enc) if ctx.needs_input_grad[0] else None
-        return (grad_x, grad_x_hat.sum(0) - grad_b_enc @ W_enc, active.sum_tokens(grad, centred), grad_b_enc,
-                active.sum_tokens(values, grad_x_hat), None, None, None, None)
+        return grad_x, grad_x_hat.sum(0) - grad_b_enc @ W_enc, grad_W_enc, grad_b_enc, grad_W_dec, None, None, None, None, None
 
 
 class _Compiled(torch.autograd.Function):
@@ -119,7 +116,7 @@ class _Compiled(torch.autograd.Function):
     is cheaper by a product of matrices."""
 
     @staticmethod
-    def forward(ctx, x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch):
+    def forward(ctx, x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch, kind):
         ctx.save_for_backward(centred, W_enc, W_dec, latents)
         ctx.scratch = scratch
         return native.decode(latents, W_dec).add_(b_pre), latents.detach()
@@ -133,7 +130,7 @@ class _Compiled(torch.autograd.Function):
         grad_b_enc = grad.sum(0).to(W_enc.dtype)
         grad_x = native.decode(grad, W_enc) if ctx.needs_input_grad[0] else None
         return (grad_x, grad_x_hat.sum(0) - grad_b_enc @ W_enc, native.sum_tokens(grad, centred), grad_b_enc,
-                native.sum_tokens(latents, grad_x_hat), None, None, None, None)
+                native.sum_tokens(latents, grad_x_hat), None, None, None, None, None)
 
 
 def relu(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[Tensor, "n_latents d"], b_enc: Float[Tensor, " n_latents"],
@@ -162,4 +159,5 @@ def relu(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[T
         centred, encoder = x - b_pre, W_enc.to(dtype)
         latents = scratch.take("latents", (len(x), len(W_enc)), dtype, x.device)
         latents = linear(centred.to(dtype), encoder, b_enc.to(dtype), latents, rectify=True)
-    return way(latents, compiled).apply(x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch)
+    kind = native.Active if compiled else pairs.Active
+    return way(latents, compiled).apply(x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch, kind)

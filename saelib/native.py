@@ -1,13 +1,13 @@
 """Parts of a step that are faster in C++ than in stock operations, compiled for this CPU the first time that they are asked for.
 
-With `path="native"` TopK's choice reads a row of pre-activations about once, and ReLU's products skip the latents that are zero. It needs a
-CPU with AVX-512, g++ and ninja, and half a minute once. `path="sparse"` computes the same without.
+With `path="native"` TopK's choice reads a row of pre-activations about once and its gradients go latent by latent, and ReLU's products skip the
+latents that are zero. It needs a CPU with AVX-512, g++ and ninja, and half a minute once. `path="sparse"` computes the same without.
 """
 import hashlib
 import os
 import sysconfig
 import threading
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 
@@ -15,26 +15,27 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelib import pairs
 from saelib.checks import require
 
 WIDTH = 32  # a multiple of this are the sizes that the products take
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = sorted((Path(__file__).parent / "cpp").glob("*.[ch]*"))
 FLAGS = ["-O3", "-fopenmp", "-mfma", "-mbmi", "-mpopcnt", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl"))]
 BUILDING = threading.Lock()
 
 
 @cache
 def build() -> ModuleType | str:
-    """The operators of native.cpp, or why there are none. What was compiled is kept under a name that says from what."""
+    """The operators of cpp/native.cpp, or why there are none. What was compiled is kept under a name that says from what."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "the CPU lacks AVX-512"
     has_bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
     flags = FLAGS + ["-mavx512bf16"] * has_bf16
-    name = hashlib.sha256(SOURCE.read_bytes() + " ".join([torch.__version__, *flags]).encode()).hexdigest()[:12]
+    name = hashlib.sha256(b"".join(map(Path.read_bytes, SOURCES)) + " ".join([torch.__version__, *flags]).encode()).hexdigest()[:12]
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])  # where pip puts ninja
     try:
         from torch.utils import cpp_extension
-        return cpp_extension.load(f"saelib_native_{name}", [str(SOURCE)], extra_cflags=flags, extra_ldflags=["-fopenmp"])
+        return cpp_extension.load(f"saelib_native_{name}", [str(path) for path in SOURCES if path.suffix == ".cpp"], extra_cflags=flags, extra_ldflags=["-fopenmp"])
     except (RuntimeError, OSError, ImportError) as error:
         lines = str(error).splitlines()
         return next((line for line in lines if " error: " in line), lines[0])
@@ -69,6 +70,26 @@ def check_sizes(d_model: int, n_latents: int) -> None:
     """Raise ValueError unless the products take these sizes."""
     for name, size in (("d_model", d_model), ("n_latents", n_latents)):
         require(size % WIDTH == 0, name, size, f"a multiple of {WIDTH} for ReLU with path 'native'")
+
+
+class Active(pairs.Active):
+    """The pairs of a TopK step, with what is faster compiled: the search, their order, and all gradients in one visit to each pair."""
+
+    @staticmethod
+    def largest(values, k):
+        return largest(values, k)
+
+    @cached_property
+    def by_latent(self):
+        return compiled().group(self.indices.reshape(-1), self.starts, self.n_latents)
+
+    def dot(self, tokens, rows):
+        return compiled().dot(tokens.contiguous(), rows.detach().contiguous(), self.indices.reshape(-1), self.starts).view_as(self.indices)
+
+    def backward(self, grad_out, decoder, grad_values, centred, values):
+        extra = None if grad_values is None else grad_values.reshape(-1).to(values.dtype)
+        grad, *weights = compiled().gradients(*self.by_latent, values.reshape(-1), extra, centred.contiguous(), grad_out, decoder.detach().contiguous())
+        return grad.view_as(values), *weights
 
 
 def largest(values: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:

@@ -13,7 +13,7 @@ from saelib import native, subjects
 from saelib.methods import METHODS
 
 PACKAGE = Path(__file__).parent
-DECIDING = ("auxk", "cache", "checks", "dense", "files", "graphs", "kernels", "losses", "methods", "metrics", "native", "origin", "products", "runs", "sae", "selection",
+DECIDING = ("auxk", "cache", "checks", "dense", "files", "graphs", "kernels", "losses", "methods", "metrics", "native", "origin", "pairs", "products", "runs", "sae", "selection",
             "sources", "subjects", "texts", "train", "triton_adam", "triton_kernels", "triton_select", "variants")
 
 
@@ -23,7 +23,8 @@ def code_hash() -> str:
     digest = hashlib.sha256((subjects.PYGPT / "model.safetensors").read_bytes())
     for name in DECIDING:
         digest.update((PACKAGE / f"{name}.py").read_bytes())
-    digest.update(native.SOURCE.read_bytes())
+    for path in native.SOURCES:
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saelib import kernels, selection
+from saelib import kernels, pairs, selection
 from saelib.contestants import LR, Setting, fused_adam, setting_batch
 
 FLOAT = 4  # bytes
@@ -37,7 +37,7 @@ def parts(setting: Setting) -> dict[str, Part]:
     sae, x = setting.start("topk"), setting_batch(setting)
     with torch.no_grad():
         values, indices = kernels.select(x, sae.W_enc, sae.b_enc, k)
-    active, W_enc, W_dec = kernels.Active(indices, n), sae.W_enc.detach(), sae.W_dec.detach()
+    active, W_enc, W_dec = pairs.Active(indices, n), sae.W_enc.detach(), sae.W_dec.detach()
     grad, grad_values = torch.randn_like(x), torch.randn_like(values)
     active.by_latent  # made here, so that the gradients below are timed without the grouping
     product, choose = encoder(W_enc, sae.b_enc.detach(), k)
@@ -49,7 +49,7 @@ def parts(setting: Setting) -> dict[str, Part]:
         "decode": Part(2 * batch * k * d, gathered + FLOAT * batch * d, lambda _: active.decode(values, W_dec)),
         "gradient of the latents": Part(2 * batch * k * d, gathered + FLOAT * batch * (d + k), lambda _: active.dot(grad, W_dec)),
         # a radix sort passes once a byte of the key, and each time reads and writes the keys and eight bytes of their places
-        "group by latent": Part(0, key_bytes * 2 * (key_bytes + 8) * batch * k, lambda _: kernels.Active(indices, n).by_latent),
+        "group by latent": Part(0, key_bytes * 2 * (key_bytes + 8) * batch * k, lambda _: pairs.Active(indices, n).by_latent),
         "decoder gradient": Part(2 * batch * k * d, gathered + FLOAT * n * d, lambda _: active.sum_tokens(values, grad)),
         "encoder gradient": Part(2 * batch * k * d, gathered + FLOAT * n * d, lambda _: active.sum_tokens(grad_values, x)),
         "clip and unit rows": Part(12 * n * d, UPKEEP_BYTES * n * d, upkeep(setting)),

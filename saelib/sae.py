@@ -12,7 +12,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from saelib import dense, kernels, methods, native, selection
+from saelib import dense, kernels, methods, native, pairs
 from saelib.checks import require
 from saelib.files import reading, write_json, write_whole
 
@@ -26,8 +26,8 @@ class Output(NamedTuple):
     for the m largest latents of the same tokens on the same path."""
     x_hat: Tensor
     latents: Tensor
-    active: kernels.Active | None
-    largest: Callable[[int], tuple[Tensor, Tensor, kernels.Active]] | None = None
+    active: pairs.Active | None
+    largest: Callable[[int], tuple[Tensor, Tensor, pairs.Active]] | None = None
 
     def fired(self) -> Tensor:
         """Which latents were active for any token, [n_latents]."""
@@ -117,7 +117,7 @@ class SAE(nn.Module):
         act = getattr(self.method.forward, "__func__", None)  # a method with an activation function of its own has no kernel
         if path != "dense" and act in methods.ON_KERNELS:
             again = partial(kernels.autoencode, x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, b_out=self.b_pre, precision=precision,
-                            find=native.largest if path == "native" else selection.largest, copies=copies)
+                            kind=native.Active if path == "native" else pairs.Active, copies=copies)
             return Output(*again(self.method.k, choice=self.method.select), again)
         if path != "dense" and act is methods.ReLU.forward:
             return Output(*dense.relu(x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, precision, scratch, path == "native"), None)

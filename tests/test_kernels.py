@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from saelib import dense, kernels
+from saelib import dense, kernels, pairs
 from saelib.sae import SAE
 
 SHAPES = [(7, 5, 11, 3), (64, 33, 100, 1), (300, 16, 64, 64), (1, 1, 1, 1), (513, 24, 300, 17)]  # batch, d, n, k
@@ -93,7 +93,7 @@ def test_a_method_with_an_activation_function_of_its_own_does_not_run_on_the_ker
 
 
 def test_the_same_latent_active_for_many_tokens_collects_all_their_gradients():
-    active = kernels.Active(torch.zeros(6, 1, dtype=torch.int32), n_latents=3)
+    active = pairs.Active(torch.zeros(6, 1, dtype=torch.int32), n_latents=3)
     tokens, values = torch.randn(6, 4), torch.rand(6, 1)
     grouped = active.sum_tokens(values, tokens)
     torch.testing.assert_close(grouped[0], (values * tokens).sum(0))
@@ -104,7 +104,7 @@ def test_the_three_products_are_those_of_the_sparse_matrix():
     generator = torch.Generator().manual_seed(0)
     indices = torch.stack([torch.randperm(9, generator=generator)[:4] for _ in range(20)]).int()
     values, tokens, rows = torch.randn(20, 4), torch.randn(20, 6), torch.randn(9, 6)
-    check_products(kernels.Active(indices, 9), values, torch.zeros(20, 9).scatter_(1, indices.long(), values), tokens, rows)
+    check_products(pairs.Active(indices, 9), values, torch.zeros(20, 9).scatter_(1, indices.long(), values), tokens, rows)
 
 
 def test_tokens_may_have_different_numbers_of_active_latents_and_none():
@@ -112,7 +112,7 @@ def test_tokens_may_have_different_numbers_of_active_latents_and_none():
     matrix[[0, 7, 19]], matrix[5], matrix[:, 4] = 0, 1, 0  # tokens with none and with all, a latent without tokens
     tokens, indices = matrix.nonzero(as_tuple=True)
     starts = torch.cat([torch.zeros(1), (matrix != 0).sum(1).cumsum(0)]).int()
-    check_products(kernels.Active(indices.int(), 9, starts), matrix[tokens, indices], matrix, torch.randn(20, 6), torch.randn(9, 6))
+    check_products(pairs.Active(indices.int(), 9, starts), matrix[tokens, indices], matrix, torch.randn(20, 6), torch.randn(9, 6))
 
 
 def check_products(active, values, matrix, tokens, rows):

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from saelib import contestants, dense, native
+from saelib import contestants, dense, native, pairs
 from tests.test_kernels import make, through
 
 if not native.available():
@@ -88,6 +88,23 @@ def test_the_products_are_those_of_the_dense_matrix(on_both, dtype, batch, n, d,
         torch.testing.assert_close(dense.masked_product(latents, cast_tokens, cast_rows, start, dense.Scratch()).float(), product.float(), rtol=2e-2, atol=0.2 if dtype == torch.bfloat16 else 1e-3)
 
 
+@pytest.mark.parametrize("batch, d, n", [(1, 1, 1), (7, 16, 3), (40, 33, 90), (300, 100, 20)])
+@pytest.mark.parametrize("most", [1, 6, 0])
+@pytest.mark.parametrize("extra", [torch.float32, torch.bfloat16, None])
+def test_the_products_over_pairs_are_the_stock_ones(on_both, batch, d, n, most, extra):
+    lengths = torch.randint(min(most, n) + 1, (batch,), generator=torch.Generator().manual_seed(1)) if most > 1 else torch.full((batch,), most)
+    starts = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+    chosen = [torch.randperm(n, generator=torch.Generator().manual_seed(b))[:length] for b, length in enumerate(lengths)]
+    ours, stock = (kind(torch.cat(chosen).int(), n, starts) for kind in (native.Active, pairs.Active))
+    for own, other in zip(ours.by_latent, stock.by_latent):
+        assert torch.equal(own.long(), other.long())
+    tokens, rows, grad_out, values = random(batch, d), random(n, d, seed=1), random(batch, d, seed=2), random(len(ours.indices), seed=3).relu()
+    torch.testing.assert_close(ours.dot(tokens, rows), stock.dot(tokens, rows), rtol=1e-5, atol=1e-5)
+    grad_values = None if extra is None else random(len(values), seed=4).to(extra)
+    for own, other in zip(ours.backward(grad_out, rows, grad_values, tokens, values), stock.backward(grad_out, rows, grad_values, tokens, values)):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("batch, d, n", [(1, 32, 32), (65, 96, 160), (300, 64, 96)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.0])
@@ -126,7 +143,9 @@ def test_training_takes_the_same_steps_as_on_the_stock_path(case):
 
 def test_threads_share_the_work_and_change_no_bit():
     latents, rows, tokens = torch.relu(random(500, 96)), random(96, 64, seed=1), random(500, 64, seed=2)
-    works = [lambda: native.decode(latents, rows), lambda: native.sum_tokens(latents, tokens), lambda: native.largest(latents, 9)[0].sort(1).values]
+    active = native.Active(native.largest(latents, 9)[1], 96)
+    works = [lambda: native.decode(latents, rows), lambda: native.sum_tokens(latents, tokens), lambda: native.largest(latents, 9)[0].sort(1).values,
+             lambda: torch.cat(active.backward(tokens, rows, None, tokens, latents.gather(1, active.indices.long()))[1::2])]
     before, alone = torch.get_num_threads(), [work() for work in works]
     try:
         torch.set_num_threads(3)
@@ -134,16 +153,19 @@ def test_threads_share_the_work_and_change_no_bit():
     finally:
         torch.set_num_threads(before)
     with ThreadPoolExecutor(4) as pool:
-        assert all(torch.equal(found, alone[i % 3]) for i, found in enumerate(pool.map(lambda i: works[i % 3](), range(24))))
+        assert all(torch.equal(found, alone[i % 4]) for i, found in enumerate(pool.map(lambda i: works[i % 4](), range(24))))
 
 
-@pytest.mark.parametrize("method, share, used", [("topk", None, {"largest"}), ("multi_topk", None, {"largest"}), ("relu", 0.5, {"decode", "sum_tokens"}),
-                                                 ("relu", 0.1, {"decode", "sum_tokens", "masked_product"}), ("relu", 0.005, set())])
+@pytest.mark.parametrize("method, share, used", [
+    ("topk", None, {"largest", "backward"}), ("multi_topk", None, {"largest", "backward"}), ("relu", 0.5, {"decode", "sum_tokens"}),
+    ("relu", 0.1, {"decode", "sum_tokens", "masked_product"}), ("relu", 0.005, {"backward"})])
 def test_the_path_takes_the_compiled_code_where_it_says_so(monkeypatch, method, share, used):
     sae, x, calls = make(64, 512, 8 if method != "relu" else 0.1, method=method), random(100, 64, seed=1), []
     if share:
         with torch.no_grad():
             sae.b_enc -= sae.pre_acts(x).flatten().quantile(1 - share)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(native.Active, "backward", lambda *args, real=native.Active.backward: (calls.append("backward"), real(*args))[1])
     for name in ("largest", "decode", "sum_tokens", "masked_product"):
         monkeypatch.setattr(native, name, lambda *args, name=name, real=getattr(native, name): (calls.append(name), real(*args))[1])
     out = sae.run(x, "native")
@@ -160,9 +182,16 @@ def test_tensors_that_lie_otherwise_in_memory_give_the_same():
 def test_the_operators_refuse_what_they_would_misread():
     latents, rows = torch.relu(random(10, 64)), random(64, 32)
     raw = native.compiled()
+
+    def whole(*numbers):
+        return torch.tensor(numbers, dtype=torch.int32)
+
     for call in (lambda: raw.decode(latents, rows.double()), lambda: raw.decode(latents, rows[:32]), lambda: raw.decode(latents, rows.t()),
                  lambda: raw.sum_tokens(latents, random(9, 32)), lambda: raw.decode(random(10, 40), random(40, 32)),
-                 lambda: raw.largest(latents.half(), 3), lambda: raw.largest(latents, 65), lambda: raw.largest(latents.t(), 3)):
+                 lambda: raw.largest(latents.half(), 3), lambda: raw.largest(latents, 65), lambda: raw.largest(latents.t(), 3),
+                 lambda: raw.group(whole(0, 9), whole(0, 2), 9), lambda: raw.group(whole(0, -1), whole(0, 2), 9), lambda: raw.group(whole(0, 1), whole(0, 3), 9),
+                 lambda: raw.group(whole(0, 1), whole(0, 2, 1, 2), 9), lambda: raw.dot(rows, rows, whole(64), whole(*[0] * 64, 1)),
+                 lambda: raw.gradients(*raw.group(whole(1), whole(0, 1), 64), random(2), None, random(1, 32), random(1, 32), rows)):
         with pytest.raises(RuntimeError, match="must be"):
             call()
     for k in (0, 65):

@@ -9,7 +9,7 @@ import torch
 ON_GPU = torch.cuda.is_available()
 triton = pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
 
-from saelib import kernels, train, triton_adam, triton_kernels, triton_select  # noqa: E402
+from saelib import kernels, pairs, train, triton_adam, triton_kernels, triton_select  # noqa: E402
 from saelib.sae import SAE  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -143,7 +143,7 @@ def check_gradients(grouped, values, tokens, indices, n):
 @pytest.mark.parametrize("batch, d, k, n", SHAPES)
 def test_the_three_products_are_those_of_the_sparse_matrix(batch, d, k, n, dtype):
     indices, values = distinct(batch, k, n), random(batch, k)
-    tokens, rows, active = random(batch, d, seed=1).to(dtype), random(n, d, seed=2).to(dtype), kernels.Active(indices, n)
+    tokens, rows, active = random(batch, d, seed=1).to(dtype), random(n, d, seed=2).to(dtype), pairs.Active(indices, n)
     if dtype == torch.float32:
         torch.testing.assert_close(triton_kernels.decode(values, indices, rows), active.decode(values, rows), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(triton_kernels.dot(tokens, indices, rows), active.dot(tokens, rows), rtol=1e-4, atol=1e-4)
@@ -184,7 +184,7 @@ def test_a_latent_of_every_token_is_summed_wherever_its_pairs_begin(offset):
 def test_grouping_is_that_of_the_twin():
     indices = distinct(50, 4, 30)
     order, token_of, starts, latents = triton_kernels.group_by_latent(indices, 30)
-    twin = kernels.Active(indices, 30).by_latent
+    twin = pairs.Active(indices, 30).by_latent
     assert torch.equal(order, twin[0]) and torch.equal(token_of, twin[1]) and torch.equal(starts, twin[2]) and starts[-1] == 200
     assert latents.tolist() == sorted(indices.flatten().tolist())
 
