@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelib import native, pairs
-from saelib.products import linear
+from saelib.products import cpu_has, linear
 
 FEW = 24  # latents for each active one from which one by one is cheaper: in bfloat16 about there, in float32 a little earlier
 FEW_COMPILED = 80  # the same where the other way is `saelib.native`
@@ -41,7 +41,7 @@ def few_active(latents: Float[Tensor, "batch n_latents"], few: float = FEW) -> b
 
 def way(latents: Float[Tensor, "batch n_latents"], compiled: bool) -> type[torch.autograd.Function]:
     """The cheapest of the three below, by the share of active latents and by how fast this CPU multiplies."""
-    tiles = latents.dtype == torch.bfloat16 and not latents.is_cuda and torch.cpu._is_amx_tile_supported()
+    tiles = latents.dtype == torch.bfloat16 and not latents.is_cuda and cpu_has("amx_bf16")
     if few_active(latents, FEW_ON_TILES if tiles else FEW_COMPILED if compiled else FEW):
         return _Few
     return _Compiled if compiled and not tiles else _Many

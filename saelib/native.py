@@ -17,6 +17,7 @@ from torch import Tensor
 
 from saelib import pairs
 from saelib.checks import require
+from saelib.products import cpu_has
 
 WIDTH = 32  # a multiple of this are the sizes that the products take
 SOURCES = sorted((Path(__file__).parent / "cpp").glob("*.[ch]*"))
@@ -29,8 +30,7 @@ def build() -> ModuleType | str:
     """The operators of cpp/native.cpp, or why there are none. What was compiled is kept under a name that says from what."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "the CPU lacks AVX-512"
-    has_bf16 = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    flags = FLAGS + ["-mavx512bf16"] * has_bf16
+    flags = FLAGS + ["-mavx512bf16"] * cpu_has("avx512_bf16")
     name = hashlib.sha256(b"".join(map(Path.read_bytes, SOURCES)) + " ".join([torch.__version__, *flags]).encode()).hexdigest()[:12]
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])  # where pip puts ninja
     try:

@@ -4,6 +4,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+def cpu_has(feature: str) -> bool:
+    """Whether the CPU has a feature, by torch's name for it; not where torch can't say."""
+    return getattr(torch.cpu, "get_capabilities", dict)().get(feature, False)
+
+
 def linear(x: Float[Tensor, "batch d"], weight: Float[Tensor, "n d"], bias: Float[Tensor, " n"], out: Float[Tensor, "batch n"],
            rectify: bool = False) -> Float[Tensor, "batch n"]:
     """x weightᵀ + bias, or ReLU of that.

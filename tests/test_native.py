@@ -164,7 +164,7 @@ def test_the_path_takes_the_compiled_code_where_it_says_so(monkeypatch, method, 
     if share:
         with torch.no_grad():
             sae.b_enc -= sae.pre_acts(x).flatten().quantile(1 - share)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(dense, "cpu_has", lambda feature: False)
     monkeypatch.setattr(native.Active, "backward", lambda *args, real=native.Active.backward: (calls.append("backward"), real(*args))[1])
     for name in ("largest", "decode", "sum_tokens", "masked_product"):
         monkeypatch.setattr(native, name, lambda *args, name=name, real=getattr(native, name): (calls.append(name), real(*args))[1])

@@ -29,7 +29,7 @@ def test_the_product_is_the_one_of_three_steps(monkeypatch, dtype, tolerance, re
     (torch.float32, False, True, 100, dense._Few), (torch.float32, True, True, 30, dense._Compiled), (torch.bfloat16, False, True, 30, dense._Compiled),
     (torch.bfloat16, True, True, 30, dense._Many), (torch.bfloat16, True, False, 30, dense._Many), (torch.bfloat16, True, True, 70, dense._Few)])
 def test_the_way_of_a_relu_step_follows_from_the_share_and_the_cpu(monkeypatch, dtype, tiles, compiled, one_in, way):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(dense, "cpu_has", lambda feature: tiles)
     latents = torch.zeros(64, one_in, dtype=dtype)
     latents[:, 0] = 1
     assert dense.way(latents, compiled) is way
