@@ -78,7 +78,7 @@ def band(axes: Axes, points: Points, label: str, color: str, marker: str, log: b
 
 
 def name_ends(axes: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
-    """Write each label where its line ends, (x, y, colour), a little lower or higher where labels would meet."""
+    """Write each label where its line ends, (x, y, colour): a little lower or higher where labels would meet, on the left where another line ends."""
     axes.get_xlim(), axes.get_ylim()  # matplotlib sets the limits when asked for them, and the transform needs them
     to_axes = axes.transData + axes.transAxes.inverted()
     at = {label: list(to_axes.transform((x, y))) for label, (x, y, _) in ends.items()}
@@ -90,8 +90,11 @@ def name_ends(axes: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
     for i, label in reversed(list(enumerate(order))):  # what was pushed out at the top comes down again
         above = [at[higher][1] - 0.065 for higher in order[i + 1:] if abs(at[label][0] - at[higher][0]) < 0.4]
         at[label][1] = min(at[label][1], 1.0, *above)
+    own = {label: to_axes.transform(end[:2]) for label, end in ends.items()}
     for label, (x, y) in at.items():
-        axes.annotate(label, (x, y), xycoords="axes fraction", xytext=(5, 0), textcoords="offset points", color=ends[label][2], fontsize=8, va="center")
+        hidden = any(0 < other[0] - x < 0.15 and abs(other[1] - own[label][1]) < 0.05 for other in own.values())
+        axes.annotate(label, (x, y), xycoords="axes fraction", xytext=(-5, -9) if hidden else (5, 0), textcoords="offset points", color=ends[label][2],
+                      fontsize=8, ha="right" if hidden else "left", va="center")
 
 
 def versus(series: dict[str, Points], xlabel: str, ylabel: str, *, looks: dict[str, tuple[str, str]] | None = None, title: str = "",

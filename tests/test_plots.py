@@ -46,6 +46,13 @@ def test_labels_at_the_same_height_are_moved_apart_and_stay_beside_the_panel():
     assert all(b - a > 0.06 for a, b in zip(heights, heights[1:])) and heights[-1] <= 1
 
 
+@pytest.mark.parametrize("rival, side", [((1.05, 1.0), "right"), ((2.0, 1.0), "left"), ((1.05, 9.0), "left"), ((0.95, 1.0), "left")])
+def test_a_label_that_another_lines_end_would_cover_moves_to_the_left(rival, side):
+    picture = plots.versus({"own": [(0.0, [9.0]), (1.0, [1.0])], "rival": [(0.0, [9.5]), (rival[0], [rival[1]])]}, "x", "y", logx=False, logy=False)
+    label, = (text for text in picture.axes[0].texts if text.get_text() == "own")
+    assert label.get_horizontalalignment() == side
+
+
 def test_a_histogram_counts_what_is_at_or_below_zero():
     picture = plots.histograms({"case": {"then": [-0.1, 0.0, 0.2, 0.4]}}, "x")
     assert picture.numbers == ["case, then: 0.5000 at or below 0, mean of the others 0.3"]
