@@ -1,8 +1,12 @@
-"""What tools/run.py lets through to the terminal."""
+"""What tools/run.py lets through to the terminal, and which outputs it keeps."""
 import os
 import subprocess
 import sys
 
+import pytest
+from nbformat.v4 import new_code_cell, new_output
+
+from tools import run
 from tools.run import QUIET, quieten
 
 WARNS_AS_TQDM_DOES = "import warnings; warnings.warn('IProgress not found. Please update jupyter and ipywidgets.')"
@@ -26,3 +30,10 @@ def test_what_the_reader_has_set_stays(monkeypatch):
         monkeypatch.setenv(name, "0")
     quieten()
     assert {os.environ[name] for name in QUIET} == {"0"}
+
+
+@pytest.mark.parametrize("tags, text, kept", [([run.MEASURED], "the step: 9.25 ms", True), ([run.MEASURED], "the step: 9.25 ms\nanother: 3 ms", False),
+                                              ([], "the step: 9.25 ms", False)])
+def test_the_output_of_a_cell_that_measures_time_stays_until_it_says_something_else(tags, text, kept):
+    committed, executed = (new_code_cell("pass", metadata={"tags": tags}, outputs=[new_output("stream", name="stdout", text=t)]) for t in ("the step: -8.5 ms", text))
+    assert run.stays(committed, executed) is kept

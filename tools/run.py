@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from tools.launch import is_launch, put_launch_cell, repository_url  # noqa: E402
 
 RECORD = "saelib_run"  # the key of a run's record in a notebook's metadata
-MEASURED = "nbval-ignore-output"  # the tag of a cell that measures time: its committed output stays, for it would differ at every run
+MEASURED = "nbval-ignore-output"  # the tag of a cell that measures time: its committed output stays while its words do, for its numbers differ at every run
 PACKAGES = ("torch", "numpy", "transformers", "matplotlib")
 QUIET = {  # what other libraries would write into the terminal, over the one progress line that is ours
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # `Loading weights`, for a model read in a blink
@@ -186,6 +187,17 @@ def run_into_runs(source, profile):
     say(f"{label}: finished in {duration(seconds)}")
 
 
+def words(cell):
+    """What a cell has put out but for the numbers in it."""
+    texts = (output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.outputs)
+    return [re.sub(r"[-+\d.]+", "", text).split() for text in texts]
+
+
+def stays(committed, executed):
+    """Whether the outputs of a committed cell stay as they are."""
+    return MEASURED in committed.metadata.get("tags", []) and words(committed) == words(executed)
+
+
 def refresh_committed(source):
     """Run one notebook at `quick` and put the outputs, and nothing else that changes, into its committed copy."""
     parameters_of(source)
@@ -197,7 +209,7 @@ def refresh_committed(source):
     with scratch_beside(source) as scratch:
         executed = execute(source, {}, scratch)
     for cell, done in zip(code_cells(notebook), code_cells(executed), strict=True):
-        if not (cell.outputs and MEASURED in cell.metadata.get("tags", [])):
+        if not stays(cell, done):
             cell.outputs = done.outputs
         cell.execution_count = done.execution_count
         cell.metadata.pop("papermill", None)
