@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelib.pairs import Active, ActiveOnGPU
-from saelib.products import linear
 from saelib.selection import has_kernels
 
 BLOCK_ROWS = 512  # tokens whose pre-activations are held at once: few enough to stay in the cache
@@ -57,14 +56,15 @@ def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_e
 
 
 def choose(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype, largest: Callable) -> tuple[Tensor, Tensor]:
-    """The k largest of x W_encᵀ + b_enc as `dtype` computes them, a block of tokens at a time (see `select`)."""
+    """The k largest of x W_encᵀ + b_enc as `dtype` computes them, a block of tokens at a time (see `select`). `products.linear` would gain
+    little here, and each block would take fresh memory."""
     values, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int32, device=x.device)
-    weight, bias = W_enc.to(dtype), b_enc.to(dtype)
+    weight, bias = W_enc.to(dtype).t(), b_enc.to(dtype)
     buffer = torch.empty(min(BLOCK_ROWS, len(x)), len(W_enc), dtype=dtype, device=x.device)
     for start in range(0, len(x), BLOCK_ROWS):
         here = slice(start, start + BLOCK_ROWS)
         block = x[here].to(dtype)
-        values[here], indices[here] = largest(linear(block, weight, bias, buffer[: len(block)]), k)
+        values[here], indices[here] = largest(torch.addmm(bias, block, weight, out=buffer[: len(block)]), k)
     return values, indices
 
 
