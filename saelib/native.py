@@ -73,7 +73,7 @@ def check_sizes(d_model: int, n_latents: int) -> None:
 
 
 class Active(pairs.Active):
-    """The pairs of a TopK step, with what is faster compiled: the search, their order, and all gradients in one visit to each pair."""
+    """The pairs of a TopK step, with what is faster compiled: the search, their order, and the gradients, latent by latent."""
 
     @staticmethod
     def largest(values, k):
