@@ -93,7 +93,7 @@ def name_ends(axes: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
     own = {label: to_axes.transform(end[:2]) for label, end in ends.items()}
     for label, (x, y) in at.items():
         hidden = any(0 < other[0] - x < 0.15 and abs(other[1] - own[label][1]) < 0.05 for other in own.values())
-        axes.annotate(label, (x, y), xycoords="axes fraction", xytext=(-5, -9) if hidden else (5, 0), textcoords="offset points", color=ends[label][2],
+        axes.annotate(label, (x, y), xycoords="axes fraction", xytext=(-7, -5) if hidden else (5, 0), textcoords="offset points", color=ends[label][2],
                       fontsize=8, ha="right" if hidden else "left", va="center")
 
 
