@@ -26,9 +26,10 @@ TINY = "--tiny" in sys.argv
 if TINY:
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
-from saelib import kernels, pairs, speed_rows, timing, train, triton_adam, triton_kernels, triton_select  # noqa: E402
+from saelib import speed_rows, timing, train, triton_adam, triton_kernels, triton_select  # noqa: E402
 from saelib.auxk import default_k_aux  # noqa: E402
 from saelib.contestants import Setting  # noqa: E402
+from saelib.pairs import Active  # noqa: E402
 from saelib.sae import SAE  # noqa: E402
 
 DEVICE = "cpu" if TINY else "cuda"
@@ -156,7 +157,7 @@ def contestants(t):
     x, W_enc, W_dec, b_enc, grad = (t[name] for name in ("x", "W_enc", "W_dec", "b_enc", "grad_out"))
     x16, W16, rows16, grad16, b16 = x.bfloat16(), W_enc.bfloat16(), W_dec.bfloat16(), grad.bfloat16(), b_enc.bfloat16()
     values, indices = triton_select.select(x16, W16, b_enc, K)
-    grouped, active = triton_kernels.group_by_latent(indices, N), pairs.Active(indices, N)
+    grouped, active = triton_kernels.group_by_latent(indices, N), Active(indices, N)
     active.by_latent  # grouped once, outside the timing of what uses it
     scores, maxima = triton_select.scores(x16, W16, b_enc, GROUP)
     big = torch.empty(2**24 if TINY else 2**30, dtype=torch.uint8, device=DEVICE)
@@ -184,7 +185,7 @@ def contestants(t):
         "gradient of the latents": (lambda: triton_kernels.dot(grad16, indices, rows16), gathered, least, pairs),
         "gradient of the latents fp32 (stock)": (lambda: active.dot(grad, W_dec), 2 * gathered, 2 * least, pairs),
         "group by latent": (lambda: triton_kernels.group_by_latent(indices, N), 40 * BATCH * K, 16 * BATCH * K, 0),
-        "group by latent (stock)": (lambda: pairs.Active(indices, N).by_latent, 40 * BATCH * K, 16 * BATCH * K, 0),
+        "group by latent (stock)": (lambda: Active(indices, N).by_latent, 40 * BATCH * K, 16 * BATCH * K, 0),
         "both weight gradients": (lambda: triton_kernels.gradients(*grouped, values, x16, values, grad16, N), summed, 4 * BATCH * D + 4 * (2 * N * D + 6 * BATCH * K), 2 * pairs),
         "both weight gradients fp32 (stock)": (lambda: active.gradients(values, x, values, grad), 2 * summed, 8 * BATCH * D + 4 * (2 * N * D + 6 * BATCH * K), 2 * pairs),
         "what fired": (lambda: triton_kernels.fired(values, indices, N), 8 * BATCH * K + 2 * N, 8 * BATCH * K + 2 * N, 0),
