@@ -41,10 +41,10 @@ CLAIMS = {
     "A1.7": Claim("L1 shrinks active latents, large ones as much as small: by half its coefficient on an orthonormal dictionary", "§2.3, §5.1",
                   "At every coefficient and in every seed, the mean shift of a trained SAE's active latents is within 5 % of l1_coef / 2, and within 10 % for the largest quarter of them",
                   "shrinkage is named, without a figure", criteria.shrinkage),
-    "A2.1": Claim("TopK keeps the k largest pre-activations, by value, and trains on the squared error alone", "§2.3, Eq. (3)",
+    "A2.1": Claim("TopK keeps the k largest pre-activations, by value, and trains on the squared error alone", "§2.3, Eq. (2)",
                   "Without AuxK the loss has the one term squared_error; on every subject all held-out tokens have as active latents the k largest values of a full sort, "
                   "and for more than half of them the k largest magnitudes would be others",
-                  "Eq. (3)", criteria.largest_values),
+                  "Eq. (2)", criteria.largest_values),
     "A2.2": Claim("TopK's gradient reaches only the latents it selected: the exact Jacobian of a piecewise-linear map, and it trains better than a straight-through one", "ours, on §2.3",
                   "Relative to its size, autograd's gradient is within 1e-12 of the mask's and 1e-6 of finite differences, and straight-through's is more than 0.1 away; "
                   "straight-through's normalized MSE is above TopK's in every seed",

@@ -40,7 +40,7 @@ def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_e
     Returns:
         Pre-activations and the latents that they belong to (int32).
 
-    Paper: §2.3, Eq. (3)
+    Paper: §2.3, Eq. (2)
     """
     if on_gpu(x):
         from saelib import triton_select
@@ -120,7 +120,7 @@ def autoencode(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: F
     Returns:
         x_hat; the latents as their values (0 where a selected pre-activation was not positive), and the `Active` that places them.
 
-    Paper: §2.2, Eq. (1); §2.3, Eq. (3)
+    Paper: §2.2, Eq. (1); §2.3, Eq. (2)
     """
     def choose_of(centred, encoder):
         def best(m):

@@ -70,7 +70,7 @@ class TopK(Method):
     The ReLU is in the paper's code and not in its equation: without it a token with fewer than k positive
     pre-activations would get negative latents.
 
-    Paper: §2.3, Eq. (3)
+    Paper: §2.3, Eq. (2)
     """
     key, label, knob, grid = "topk", "TopK", "k", (8, 16, 32, 64, 128)
 
@@ -83,7 +83,7 @@ class TopK(Method):
         return int(self.sparsity)
 
     def forward(self, pre_acts: Float[Tensor, "batch n_latents"]) -> Float[Tensor, "batch n_latents"]:
-        return keep_largest(pre_acts, self.k)  # Eq. (3)
+        return keep_largest(pre_acts, self.k)  # Eq. (2)
 
     def select(self, k: int, best: Callable[[int], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """The same choice on the sparse path (see `choice` of `saelib.kernels.autoencode`)."""

@@ -168,7 +168,7 @@ def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_e
     Groups of √(n / k) leave the fewest to look through twice.
 
     Bytes: those of `scores`, then s B (n / group + k group). Operations: 2 B n d.
-    Paper: §2.3, Eq. (3)
+    Paper: §2.3, Eq. (2)
     """
     n = len(W_enc)
     require(1 <= k <= n, "k", k, f"from 1 to n_latents = {n}")
