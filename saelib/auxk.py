@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saelib import kernels, losses, selection
+from saelib import kernels, losses, pairs
 from saelib.sae import SAE
 
 FEW_OF_MANY = 8  # dead latents for each active one from which AuxK takes the sparse path: about there both cost the same
@@ -17,7 +17,8 @@ def default_k_aux(d_model: int) -> int:
     return 2 ** round(math.log2(max(1, d_model / 2)))
 
 
-def auxk_term(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int, precision: str = "fp32", is_dead: Tensor | None = None) -> Tensor:
+def auxk_term(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int, precision: str = "fp32", is_dead: Tensor | None = None,
+              kind: type[pairs.Active] = pairs.Active) -> Tensor:
     """The AuxK loss: the k_aux largest of the dead latents reconstruct the residual, without b_pre.
 
     L_aux = ||e - ê||² (normalised),  e = x - x_hat,  ê = Σ_{i dead, top k_aux} z_i W_dec[i]
@@ -30,6 +31,7 @@ def auxk_term(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int, prec
         k_aux: how many of them may be active for each token.
         precision: "fp32", or "bf16" to multiply matrices in bfloat16.
         is_dead: which of `dead` are, if not all of them.
+        kind: of `Active`, that of the path (see `saelib.sae.PAIRS`).
 
     Returns:
         A scalar; 0, without a gradient, when nothing is dead.
@@ -46,10 +48,10 @@ def auxk_term(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int, prec
     if is_dead is not None:
         bias, some = torch.where(is_dead, bias, -torch.inf), is_dead.any()
     if len(dead) > (FEW_OF_MANY_ON_GPU if x.is_cuda else FEW_OF_MANY) * k_aux:
-        return losses.auxk(x - x_hat, kernels.autoencode(x, sae.b_pre, encoder, bias, decoder, k_aux, precision=precision)[0]) * some
+        return losses.auxk(x - x_hat, kernels.autoencode(x, sae.b_pre, encoder, bias, decoder, k_aux, precision=precision, kind=kind)[0]) * some
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
         latents = torch.relu(F.linear(x - sae.b_pre, encoder, bias))
         if len(dead) > k_aux:
-            chosen = selection.largest(latents.detach(), k_aux)[1].long()
+            chosen = kind.largest(latents.detach(), k_aux)[1].long()
             latents = latents * torch.zeros_like(latents).scatter_(1, chosen, 1)
         return losses.auxk(x - x_hat, latents @ decoder) * some

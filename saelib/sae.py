@@ -17,6 +17,7 @@ from saelib.checks import require
 from saelib.files import reading, write_json, write_whole
 
 FORMAT = "saelib-1"
+PAIRS = {"sparse": pairs.Active, "native": native.Active, "dense": pairs.Active}  # what each path computes with; the dense one does in AuxK alone
 WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the bits of a number as a whole one, positive where it is, compare faster
 
 
@@ -110,14 +111,14 @@ class SAE(nn.Module):
             `Output`: x_hat, and the latents of that path.
         """
         self.check(x)
-        require(path in ("sparse", "native", "dense"), "path", path, "'sparse', 'native' or 'dense'")
+        require(path in PAIRS, "path", path, "'sparse', 'native' or 'dense'")
         require(precision in ("fp32", "bf16"), "precision", precision, "'fp32' or 'bf16'")
         if path == "native":
             native.check(x, self.W_enc)
         act = getattr(self.method.forward, "__func__", None)  # a method with an activation function of its own has no kernel
         if path != "dense" and act in methods.ON_KERNELS:
             again = partial(kernels.autoencode, x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, b_out=self.b_pre, precision=precision,
-                            kind=native.Active if path == "native" else pairs.Active, copies=copies)
+                            kind=PAIRS[path], copies=copies)
             return Output(*again(self.method.k, choice=self.method.select), again)
         if path != "dense" and act is methods.ReLU.forward:
             return Output(*dense.relu(x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, precision, scratch, path == "native"), None)

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from saelib import dense, graphs, kernels, losses
+from saelib import dense, graphs, kernels, losses, pairs
 from saelib.auxk import auxk_term, default_k_aux
 from saelib.checks import require
 from saelib.files import reading, write_whole
-from saelib.sae import SAE, Output
+from saelib.sae import PAIRS, SAE, Output
 
 BETAS, EPS = (0.9, 0.999), 6.25e-10  # Paper: Appendix A.3
 LOG_POINTS = 100
@@ -84,13 +84,13 @@ class Loop:
         candidates = self.candidates[self.n_candidates]
         return candidates, self.tokens_since_fired[candidates] > self.dead_after
 
-    def terms(self, x: Tensor, out: Output, precision: str) -> dict[str, Tensor]:
+    def terms(self, x: Tensor, out: Output, precision: str, kind: type[pairs.Active]) -> dict[str, Tensor]:
         """The weighted terms of the loss. Their sum is optimised; the same dict is the log."""
         terms = {"squared_error": losses.squared_error(x, out.x_hat)}
         terms |= {name: self.penalty_scale * term for name, term in self.sae.method.penalty(self.sae, x, out).items()}
         if self.auxk_coef:
             dead, is_dead = self.dead()
-            terms["auxk"] = self.auxk_coef * auxk_term(self.sae, x, out.x_hat, dead, self.k_aux, precision, is_dead)
+            terms["auxk"] = self.auxk_coef * auxk_term(self.sae, x, out.x_hat, dead, self.k_aux, precision, is_dead, kind)
         return terms
 
     def update(self) -> None:
@@ -126,7 +126,7 @@ class Loop:
         self.adam.zero_grad()
         out = self.sae.run(x, path, precision, self.scratch, self.copies)
         self.count_fired(out)
-        return out, self.terms(x, out, precision)
+        return out, self.terms(x, out, precision, PAIRS[path])
 
     def backward(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         """The second half: gradients and new weights. What is left of the terms are their values."""

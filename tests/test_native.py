@@ -4,7 +4,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from saelib import contestants, dense, native, pairs
+from saelib import auxk, contestants, dense, native, pairs
+from saelib.sae import PAIRS
 from tests.test_kernels import make, through
 
 if not native.available():
@@ -171,6 +172,20 @@ def test_the_path_takes_the_compiled_code_where_it_says_so(monkeypatch, method, 
     out = sae.run(x, "native")
     sum(sae.method.penalty(sae, x, out).values(), out.x_hat.square().sum()).backward()
     assert set(calls) == used and calls.count("largest") == {"topk": 1, "multi_topk": 2, "relu": 0}[method]
+
+
+@pytest.mark.parametrize("few, used", [(0, "backward"), (1000, "largest")])
+def test_auxk_takes_it_too_and_agrees(monkeypatch, few, used):
+    sae, x, dead, calls = make(32, 96, 4), random(50, 32, seed=1), torch.arange(40), []
+    monkeypatch.setattr(auxk, "FEW_OF_MANY", few)
+    monkeypatch.setattr(native.Active, used, lambda *args, real=getattr(native.Active, used): (calls.append(used), real(*args))[1])
+    found = []
+    for kind in PAIRS["native"], PAIRS["sparse"]:
+        term = auxk.auxk_term(sae, x, sae(x), dead, 5, kind=kind)
+        found.append([term.detach(), *(g.to_dense() for g in torch.autograd.grad(term, list(sae.parameters())))])
+        assert calls == [used]
+    for ours, stock in zip(*found):
+        torch.testing.assert_close(ours, stock)
 
 
 def test_tensors_that_lie_otherwise_in_memory_give_the_same():
