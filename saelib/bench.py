@@ -49,22 +49,25 @@ def steps(settings: list[Setting], cases: tuple[str, ...], seconds: float, table
 
 
 def whole_fit(s: Setting, seconds: float) -> Iterator[dict]:
-    """`saelib.fit` as a user calls it: the time of its training loop, with loader and counters, over its steps."""
+    """`saelib.fit` as a user calls it: the time of its training loop, with loader and counters, over its steps. Where it would not
+    choose what is compiled, that is asked for too."""
     gemm, own, n_steps = floors(s)[GEMM[s.device]](), Ours(s, "topk", *auto(s)), FIT_STEPS[s.device]
     batches, data = s.batches(), torch.cat(s.batches(8)).cpu()  # where a user has them
-    times, n_dead = {"GEMM": [], "one step": [], "fit": []}, 0
+    paths = {"fit": "auto"} | {f"fit, {path}": path for path in fast_paths(s.device)[1:] if path != auto(s)[0]}
+    times, n_dead = {name: [] for name in ("GEMM", "one step", *paths)}, {}
     for number in timing.rounds(seconds, "fit"):
         x = batches[number % len(batches)]
         times["GEMM"] += [statistics.median(timing.seconds_of(gemm.step, x, timing.repeats_on(x)) for _ in range(5))]
         times["one step"] += [statistics.median(timing.seconds_of(own.step, x, timing.repeats_on(x)) for _ in range(5))]
-        fitted = runs.fit(data, "topk", s.k, n_latents=s.n_latents, n_tokens=n_steps * s.batch_size, batch_size=s.batch_size,
-                          device=s.device, progress=False)
-        times["fit"] += [fitted.metrics["seconds"] / n_steps]
-        n_dead = round(fitted.history[-1]["dead_fraction"] * s.n_latents)
+        for name, path in paths.items():
+            fitted = runs.fit(data, "topk", s.k, n_latents=s.n_latents, n_tokens=n_steps * s.batch_size, batch_size=s.batch_size,
+                              device=s.device, path=path, progress=False)
+            times[name] += [fitted.metrics["seconds"] / n_steps]
+            n_dead[name] = round(fitted.history[-1]["dead_fraction"] * s.n_latents)
     for name, values in times.items():
         yield {"table": "fit", "setting": asdict(s), "auto": auto_name(s), "case": "topk", "name": name, "ms": timing.quartiles(values, 1e3),
                "ratio": timing.quartiles([value / gemm_value for value, gemm_value in zip(values, times["GEMM"])]), "rounds": len(values),
-               "differs": f"{n_steps} steps, {n_dead} dead at the end" if name == "fit" else ""}
+               "differs": f"{n_steps} steps, {n_dead[name]} dead at the end" if name in paths else ""}
 
 
 def curves(s: Setting, seconds: float) -> Iterator[dict]:
