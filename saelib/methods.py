@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saelib import kernels, losses
+from saelib import losses
 
 THRESHOLD_RATE = 0.01  # weight of the newest batch in BatchTopK's running mean, at least
 

@@ -1,7 +1,7 @@
 """The products of the sparse path on the GPU, in Triton.
 
-Import this only where there is a GPU, or with TRITON_INTERPRET=1 set before: Triton is not needed otherwise. The plain twins
-are in `saelib.kernels`. Every function is deterministic: no atomics. Indices are trusted to be in range, because checking
+Import this only where there is a GPU, or with TRITON_INTERPRET=1 set before: Triton is not needed otherwise. The stock twins
+are in `saelib.pairs`. Every function is deterministic: no atomics. Indices are trusted to be in range, because checking
 them would wait for the device. Bytes and operations are counted for B tokens, n latents, k of them active, and d dimensions;
 a gathered row counts each time that it is read, though the L2 cache answers most of that.
 """
