@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saelib import kernels, losses, pairs
+from saelib import kernels, losses, pairs, selection
 from saelib.sae import SAE
 
 FEW_OF_MANY = 8  # dead latents for each active one from which AuxK takes the sparse path: about there both cost the same
@@ -31,7 +31,7 @@ def auxk_term(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int, prec
         k_aux: how many of them may be active for each token.
         precision: "fp32", or "bf16" to multiply matrices in bfloat16.
         is_dead: which of `dead` are, if not all of them.
-        kind: of `Active`, that of the path (see `saelib.sae.PAIRS`).
+        kind: of `Active`, that of the path (see `saelib.sae.PAIRS`), where few of many dead latents are active.
 
     Returns:
         A scalar; 0, without a gradient, when nothing is dead.
@@ -52,6 +52,6 @@ def auxk_term(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int, prec
     with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
         latents = torch.relu(F.linear(x - sae.b_pre, encoder, bias))
         if len(dead) > k_aux:
-            chosen = kind.largest(latents.detach(), k_aux)[1].long()
+            chosen = selection.largest(latents.detach(), k_aux)[1].long()
             latents = latents * torch.zeros_like(latents).scatter_(1, chosen, 1)
         return losses.auxk(x - x_hat, latents @ decoder) * some
