@@ -277,7 +277,7 @@ def main():
                 holds = value <= limit  # NaN does not
                 failed += not holds
                 print(f"{'ok' if holds else 'WRONG':5} {name:40} {value:.2e} (limit {limit:.0e})", flush=True)
-        except Exception:  # a GPU is lent for minutes: what follows is still worth knowing
+        except Exception:  # a minute on a GPU is dear: what follows is still worth knowing
             failed += 1
             traceback.print_exc(file=sys.stdout)
     torch.use_deterministic_algorithms(False)
