@@ -81,10 +81,10 @@ def auxk(residual: Float[Tensor, "batch d_model"], residual_hat: Float[Tensor, "
         residual_hat: ê, the dead latents' reconstruction of e, without b_pre.
 
     Returns:
-        A scalar without units: 1 for the prediction mean(e), and 0 where nothing is left to explain.
+        A scalar without units: 1 for the prediction mean(e), and 0, without a gradient, where e is the same for all tokens, as it is for one.
 
     Paper: Appendix A.2 (the auxiliary loss)
     """
     target = residual.detach()
     scale = (target - target.mean(0)).pow(2).sum()
-    return (residual_hat - target).pow(2).sum() / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    return (residual_hat - target).pow(2).sum() / scale.masked_fill(scale == 0, torch.inf)

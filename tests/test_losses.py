@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from saelib import losses
@@ -25,5 +26,9 @@ def test_auxk_sends_no_gradient_into_the_residual():
     assert residual.grad is None and residual_hat.grad.abs().sum() > 0
 
 
-def test_auxk_is_finite_when_nothing_is_left_to_explain():
-    assert torch.isfinite(losses.auxk(torch.zeros(4, 3), torch.zeros(4, 3)))
+@pytest.mark.parametrize("residual", [torch.zeros(4, 3), torch.ones(1, 3), torch.ones(4, 3)])
+def test_auxk_is_zero_where_all_tokens_leave_the_same_over(residual):
+    residual_hat = torch.full_like(residual, 0.5, requires_grad=True)
+    loss = losses.auxk(residual, residual_hat)
+    loss.backward()
+    assert loss.item() == 0 and not residual_hat.grad.any()
