@@ -17,7 +17,7 @@ SHARD_ROWS = 2**17
 
 
 def cache_folder() -> Path:
-    """Where activations are kept: $SAELIB_CACHE, or ~/.cache/saelib."""
+    """Where activations are kept, and what `saelib.native` compiles: $SAELIB_CACHE, or ~/.cache/saelib."""
     return Path(os.environ.get("SAELIB_CACHE", Path.home() / ".cache" / "saelib"))
 
 

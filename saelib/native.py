@@ -4,11 +4,15 @@ With `path="native"` TopK's choice reads a row of pre-activations about once and
 latents that are zero. It needs a CPU with AVX-512, g++ and ninja, and half a minute once. `path="sparse"` computes the same without.
 """
 import hashlib
+import importlib.util
 import os
+import shutil
+import sys
 import sysconfig
 import threading
 from functools import cache, cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 
 import torch
@@ -16,7 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelib import pairs
+from saelib.cache import cache_folder
 from saelib.checks import require
+from saelib.files import write_whole
 from saelib.products import cpu_has
 
 WIDTH = 32  # a multiple of this are the sizes that the products take
@@ -27,15 +33,26 @@ BUILDING = threading.Lock()
 
 @cache
 def build() -> ModuleType | str:
-    """The operators of cpp/native.cpp, or why there are none. What was compiled is kept under a name that says from what."""
+    """The operators of cpp/native.cpp, or why there are none. What was compiled is kept under a name that says from what, and is moved there
+    once it is whole: torch's own place for it has a lock that a killed build leaves behind, for which all later ones wait."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "the CPU lacks AVX-512"
     flags = FLAGS + ["-mavx512bf16"] * cpu_has("avx512_bf16")
-    name = hashlib.sha256(b"".join(map(Path.read_bytes, SOURCES)) + " ".join([torch.__version__, *flags]).encode()).hexdigest()[:12]
+    name = hashlib.sha256(b"".join(map(Path.read_bytes, SOURCES)) + " ".join([torch.__version__, sys.version, *flags]).encode()).hexdigest()[:12]
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])  # where pip puts ninja
+    module = f"saelib_native_{name}"
+    kept = cache_folder() / f"{module}.so"
     try:
-        from torch.utils import cpp_extension
-        return cpp_extension.load(f"saelib_native_{name}", [str(path) for path in SOURCES if path.suffix == ".cpp"], extra_cflags=flags, extra_ldflags=["-fopenmp"])
+        if not kept.exists():
+            from torch.utils import cpp_extension
+            with TemporaryDirectory() as folder:
+                cpp_extension.load(module, [str(path) for path in SOURCES if path.suffix == ".cpp"], extra_cflags=flags, extra_ldflags=["-fopenmp"],
+                                   build_directory=folder, is_python_module=False)
+                write_whole(kept, lambda partial: shutil.copy(Path(folder) / kept.name, partial))
+        spec = importlib.util.spec_from_file_location(module, kept)
+        operators = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(operators)
+        return operators
     except (RuntimeError, OSError, ImportError) as error:
         lines = str(error).splitlines()
         return next((line for line in lines if " error: " in line), lines[0])
@@ -87,7 +104,7 @@ class Active(pairs.Active):
         return compiled().dot(tokens.contiguous(), rows.detach().contiguous(), self.indices.reshape(-1), self.starts).view_as(self.indices)
 
     def backward(self, grad_out, decoder, grad_values, centred, values):
-        extra = None if grad_values is None else grad_values.reshape(-1).to(values.dtype)
+        extra = None if grad_values is None else grad_values.to(values.dtype).contiguous().view(-1)
         grad, *weights = compiled().gradients(*self.by_latent, values.reshape(-1), extra, centred.contiguous(), grad_out, decoder.detach().contiguous())
         return grad.view_as(values), *weights
 

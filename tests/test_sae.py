@@ -77,7 +77,7 @@ def test_what_the_compiled_code_does_not_take_is_said(monkeypatch, d, n, dtype, 
 
 @pytest.mark.parametrize("cpu, fails, rule", [("AVX2", None, "the CPU lacks AVX-512"), ("AVX512", "Ninja is required", "Ninja is required"),
                                               ("AVX512", "Error building\ng++ ...\nnative.cpp:1: error: no such type", "native.cpp:1: error: no such type")])
-def test_a_machine_that_can_not_compile_is_told_so_each_time_and_nothing_else_is_used(monkeypatch, cpu, fails, rule):
+def test_a_machine_that_can_not_compile_is_told_so_each_time_and_nothing_else_is_used(monkeypatch, tmp_path, cpu, fails, rule):
     asked = []
 
     def load(*args, **kwargs):
@@ -86,6 +86,7 @@ def test_a_machine_that_can_not_compile_is_told_so_each_time_and_nothing_else_is
 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
     monkeypatch.setattr("torch.utils.cpp_extension.load", load)
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path))  # where nothing was compiled yet
     native.build.cache_clear()
     try:
         for _ in range(2):
@@ -94,3 +95,13 @@ def test_a_machine_that_can_not_compile_is_told_so_each_time_and_nothing_else_is
         assert not native.available() and len(asked) == (cpu == "AVX512")
     finally:
         native.build.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_activations_of_another_type_are_encoded_in_that_of_the_weights(dtype):
+    sae, x = SAE(16, 64, "topk", 4, seed=1), torch.randn(20, 16, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    x_hat = sae(x)
+    assert x_hat.dtype == dtype
+    torch.testing.assert_close(x_hat, sae.decode(sae.encode(x)).to(dtype), rtol=1e-2, atol=1e-5)
+    x_hat.sum().backward()
+    assert x.grad.dtype == dtype and x.grad.abs().sum() > 0
