@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from saelib.files import reading
+from saelib.checks import require
+from saelib.files import reading, write_whole
 from saelib.origin import code_hash, inputs
 from saelib.runs import RunConfig, pick_device, run
 
@@ -20,16 +21,22 @@ STREAMS = 4  # members of a sweep at once on a GPU
 
 
 def read_rows(store: Path | str) -> list[dict]:
-    """The rows of a store, in the order in which they were written. A torn last line, left by a kill, is cut off."""
+    """The rows of a store, in the order in which they were written. A torn last line, left by a kill, is passed over."""
     store = Path(store)
     if not store.exists():
         return []
-    text = store.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        os.truncate(store, len(whole.encode()))
     with reading("store", store, "hold one JSON object on each line"):
-        return [json.loads(line) for line in whole.splitlines()]
+        return [json.loads(line) for line in whole_lines(store)]
+
+
+def whole_lines(store: Path) -> list[str]:
+    """The lines of a file of JSON lines, but for a last one that is not whole."""
+    *lines, last = store.read_text().split("\n")
+    try:
+        json.loads(last)
+    except json.JSONDecodeError:
+        return lines
+    return [*lines, last]
 
 
 def side_by_side(task: Callable, items: Iterable, device: str = "cpu", stop: threading.Event | None = None) -> list:
@@ -85,12 +92,15 @@ def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, devi
         One row (see `run`) for each config.
     """
     configs, device = list(configs), pick_device(device)
-    kept = {json.dumps(row["config"]): row for row in read_rows(store) if row["provenance"]["code"] == code_hash()} if store else {}
+    rows = read_rows(store) if store else []
+    require(all({"config", "provenance"} <= set(row) for row in rows), "store", str(store), "a file of rows that a sweep wrote")
+    kept = {json.dumps(row["config"]): row for row in rows if row["provenance"]["code"] == code_hash()}
     names = {config: json.dumps(asdict(config)) for config in configs}
     done = {config: kept[name] for config, name in names.items() if name in kept and kept[name]["provenance"].get("inputs") == inputs(config)}
     todo = [config for config in names if config not in done]
     if store and todo:
-        Path(store).parent.mkdir(parents=True, exist_ok=True)
+        lines = whole_lines(Path(store)) if rows else []
+        write_whole(Path(store), lambda partial: partial.write_text("".join(line + "\n" for line in lines)))  # without what is torn
     checkpoints = store and Path(store).with_suffix(".checkpoints")
     stop, writing = threading.Event(), threading.Lock()
     bar = tqdm(total=sum(c.n_tokens for c in todo), unit="tok", unit_scale=True, disable=not (progress and todo),
