@@ -137,7 +137,7 @@ class BatchTopK(TopK):
     def remember(self, cut: Tensor) -> None:
         if self.training:
             self.n_cuts += 1
-            self.threshold.lerp_(cut, (1 / self.n_cuts).clamp_min(THRESHOLD_RATE))  # at first the mean of all: few steps are soon outdated
+            self.threshold.lerp_(cut.to(self.threshold.dtype), (1 / self.n_cuts).clamp_min(THRESHOLD_RATE))  # at first the mean of all: few steps are soon outdated
 
     def forward(self, pre_acts: Float[Tensor, "batch n_latents"]) -> Float[Tensor, "batch n_latents"]:
         cut = self.cut(pre_acts)
@@ -168,12 +168,17 @@ METHODS: dict[str, type[Method]] = {method.key: method for method in (ReLU, TopK
 ON_KERNELS = TopK.forward, BatchTopK.forward  # the activation functions that `select` makes on the sparse path
 
 
+def find(key: str) -> type[Method]:
+    """The method called `key`. Raise ValueError if there is none."""
+    if key not in METHODS:
+        raise ValueError(f"method is {key!r}: it must be one of {', '.join(METHODS)}")
+    return METHODS[key]
+
+
 def make(key: str, n_latents: int, sparsity: float) -> Method:
     """The method called `key`, for n_latents latents at this `sparsity`.
 
     Raises:
         ValueError: no method has that key, or the method does not take that sparsity.
     """
-    if key not in METHODS:
-        raise ValueError(f"method is {key!r}: it must be one of {', '.join(METHODS)}")
-    return METHODS[key](n_latents, sparsity)
+    return find(key)(n_latents, sparsity)

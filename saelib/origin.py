@@ -4,13 +4,13 @@ import importlib.metadata
 import inspect
 import platform
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from saelib import native, subjects
-from saelib.methods import METHODS
+from saelib import methods, native, subjects
 
 PACKAGE = Path(__file__).parent
 DECIDING = ("auxk", "cache", "checks", "dense", "files", "graphs", "kernels", "losses", "methods", "metrics", "native", "origin", "pairs", "products", "runs", "sae", "selection",
@@ -61,12 +61,29 @@ def commit() -> str:
 
 def inputs(config) -> str:
     """A hash of what decides a row's numbers and may change under the same name outside saelib: local files that are the subject or the
-    text, the interpreter whose library is the text, a method that is defined elsewhere. Files count by name, size and time."""
+    text, the interpreter whose library is the text, a method that is defined elsewhere, its bases and their files. Data files count by name, size and time."""
     parts = [platform.python_version()]
     for name in filter(None, (config.subject, config.text)):
         files = sorted(p for p in (Path(name), *Path(name).rglob("*")) if p.is_file())
         parts += [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    method = METHODS[config.method]
-    if method.__module__.removeprefix("saelib.") not in DECIDING:
-        parts += [(name, inspect.getsource(value) if inspect.isfunction(value) else repr(value)) for name, value in vars(method).items() if name[:2] != "__"]
+    for kind in methods.find(config.method).__mro__:
+        package, _, module = kind.__module__.partition(".")
+        if package not in ("builtins", "torch") and not (package == "saelib" and module in DECIDING):
+            parts += sources_of(kind)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def sources_of(kind: type) -> list[str]:
+    """What a class consists of: the file that defines it, and, where that is no file or has changed since, its functions and plain values."""
+    path = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    parts = [Path(path).read_text()] if path else []
+    for name, value in vars(kind).items():
+        function = getattr(value, "fget", None) or getattr(value, "__func__", value)
+        if inspect.isfunction(function):
+            try:
+                parts.append(f"{name}: {inspect.getsource(function)}")
+            except OSError:  # typed at a prompt
+                parts.append(f"{name}: {function.__code__.co_code.hex()} {function.__code__.co_consts}")
+        elif isinstance(value, str | int | float | tuple) and name[:2] != "__":
+            parts.append(f"{name}: {value!r}")
+    return parts

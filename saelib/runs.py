@@ -137,6 +137,7 @@ def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", 
     history = train(sae, batches, n_steps, lr=config.lr,
                     penalty_warmup=config.penalty_warmup, auxk_coef=config.auxk_coef, dead_after=config.dead_after,
                     ema_decay=config.ema_decay, path=pick_path(config.path, device, sae.method), checkpoint=checkpoint,
+                    run={"seed": config.seed, "batch_size": batch_size, "data": f"{float(source.mean.double().abs().sum()):.6g}"},
                     precision=pick_precision(config.precision, device, sae.W_enc.numel()),
                     on_step=on_tokens and count)
     seconds = (time.monotonic() - start) * n_steps / max(1, n_steps - begun)

@@ -170,7 +170,7 @@ def check_finite(terms: dict[str, Tensor], step: int) -> None:
 def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *, lr: float | None = None, penalty_warmup: float = 0.0,
           auxk_coef: float = 1 / 32, k_aux: int | None = None, dead_after: int = 10_000_000, ema_decay: float = 0.0,
           path: str = "sparse", precision: str = "fp32", on_step: Callable[[int], None] | None = None,
-          checkpoint: Path | str | None = None) -> list[dict[str, float]]:
+          checkpoint: Path | str | None = None, run: dict | None = None) -> list[dict[str, float]]:
     """Train `sae` in place.
 
     The order of a step: zero grad; forward; count what fired; loss terms; finite check; backward; remove the decoder
@@ -189,6 +189,7 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
         path, precision: of the forward pass (see `SAE.run`); the path "graph" is the sparse one, recorded and replayed on a GPU.
         on_step: called with the number of finished steps, after each.
         checkpoint: a file to go on from if it exists, and is of this run; written every minute, removed at the end.
+        run: what else makes it this run, as plain values: the data, their order, the seed.
 
     Returns:
         About 100 rows: step, tokens, l0, dead_fraction and each weighted term of the loss at that step.
@@ -204,15 +205,15 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
     lr = paper_lr(sae.n_latents) if lr is None else lr
     k_aux = default_k_aux(sae.d_model) if k_aux is None else k_aux
     loop = Loop(sae, lr, dead_after, auxk_coef, k_aux, ema_decay)
-    about = {"method": sae.method.key, "sparsity": sae.method.sparsity, "n_steps": n_steps, "lr": lr, "penalty_warmup": penalty_warmup,
-             "auxk_coef": auxk_coef, "k_aux": k_aux, "dead_after": dead_after, "ema_decay": ema_decay}
+    about = {"d_model": sae.d_model, "n_latents": sae.n_latents, "method": sae.method.key, "sparsity": sae.method.sparsity, "n_steps": n_steps, "lr": lr, "penalty_warmup": penalty_warmup,
+             "auxk_coef": auxk_coef, "k_aux": k_aux, "dead_after": dead_after, "ema_decay": ema_decay, **(run or {})}
     sae.train()
     if checkpoint:
         load_checkpoint(loop, Path(checkpoint), about)
     saved, log_every = time.monotonic(), max(1, n_steps // LOG_POINTS)
     for x in islice(batches(loop.step), n_steps - loop.step):
         progress = loop.step / n_steps
-        loop.one(x.to(sae.W_dec.device, non_blocking=True), schedule(loop.step, n_steps), min(1.0, progress / penalty_warmup) if penalty_warmup else 1.0,
+        loop.one(x.to(sae.W_dec.device, sae.W_dec.dtype, non_blocking=True), schedule(loop.step, n_steps), min(1.0, progress / penalty_warmup) if penalty_warmup else 1.0,
                  path, precision, log=(loop.step + 1) % log_every == 0 or loop.step + 1 == n_steps)
         if checkpoint and time.monotonic() - saved > CHECKPOINT_SECONDS:
             save_checkpoint(loop, Path(checkpoint), about)
@@ -241,5 +242,6 @@ def load_checkpoint(loop: Loop, path: Path, about: dict) -> None:
         with reading("checkpoint", path, "be a file that `train` wrote"):
             state = torch.load(path, weights_only=True, map_location=loop.sae.W_dec.device)
             for name, value in about.items():
-                require(state["about"][name] == value, "checkpoint", f"{path} of a run with {name} {state['about'][name]!r}", f"of this run, with {value!r}")
+                there = state["about"].get(name)
+                require(there == value, "checkpoint", f"{path} of a run with {name} {there!r}", f"of this run, with {value!r}")
             loop.restore(state)

@@ -3,14 +3,14 @@ import os
 import subprocess
 import sys
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy
 import pytest
 import torch
 
 import saelib
-from saelib import methods, origin, profiles, runs, sweeps
+from saelib import methods, origin, profiles, runs, sources, sweeps, train
 from saelib.runs import RunConfig
 
 
@@ -225,7 +225,7 @@ def test_progress_goes_to_stderr_and_can_be_silent(capsys):
 
 def test_progress_counts_as_many_tokens_as_were_asked_for():
     seen = []
-    runs.fit_source(saelib.sources.from_tensor(torch.randn(100, 4)), config(n_latents=8, sparsity=2, n_tokens=250, batch_size=60), on_tokens=seen.append)
+    runs.fit_source(sources.from_tensor(torch.randn(100, 4)), config(n_latents=8, sparsity=2, n_tokens=250, batch_size=60), on_tokens=seen.append)
     assert seen == [60, 60, 60, 60, 10]
 
 
@@ -272,3 +272,65 @@ def test_a_clone_that_is_not_installed_says_so_in_its_rows(monkeypatch):
 
     monkeypatch.setattr(origin.importlib.metadata, "version", missing)
     assert origin.provenance.__wrapped__("cpu")["saelib"] == "not installed"
+
+
+def test_reading_a_store_leaves_the_file_alone_and_a_last_row_without_a_newline_counts(tmp_path):
+    store = tmp_path / "rows.jsonl"
+    first, second = (saelib.sweep([config(seed=seed)], store, progress=False)[0] for seed in range(2))
+    for text in (store.read_text()[:-1], store.read_text() + '{"config": {"su'):
+        store.write_text(text)
+        assert sweeps.read_rows(store) == [first, second] and store.read_text() == text
+        assert saelib.sweep([config(seed=1)], store, progress=False) == [second]
+    third, = saelib.sweep([config(seed=2)], store, progress=False)
+    assert sweeps.read_rows(store) == [first, second, third]
+
+
+def test_a_file_that_is_no_store_is_refused_and_kept(tmp_path):
+    store = tmp_path / "notes.json"
+    store.write_text('{"precious": 1}')
+    with pytest.raises(ValueError, match="store is .*notes.json.*: it must be a file of rows that a sweep wrote"):
+        saelib.sweep([config()], store, progress=False)
+    assert store.read_text() == '{"precious": 1}'
+
+
+def test_a_method_is_known_by_all_that_it_consists_of(monkeypatch):
+    class Base(methods.TopK):
+        shift = 0.1
+
+        def __init__(self, n_latents, sparsity):
+            super().__init__(n_latents, sparsity)
+
+        @property
+        def k(self):
+            return 3
+
+    class Own(Base):
+        key = "own"
+
+    monkeypatch.setitem(methods.METHODS, "own", Own)
+    asked = config(method="own")
+    before = origin.inputs(asked)
+    assert origin.inputs(asked) == before
+    for name, value in (("shift", 0.2), ("__init__", lambda self, n, sparsity: methods.TopK.__init__(self, n, 1)), ("k", property(lambda self: 4))):
+        with monkeypatch.context() as patch:
+            patch.setattr(Base, name, value)
+            assert origin.inputs(asked) != before, name
+    typed = {}
+    exec("def forward(self, pre_acts): return pre_acts", typed)  # has no source, as at a prompt
+    Own.forward = typed["forward"]
+    assert origin.inputs(asked) != before
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"batch_size": 100}, {"n_latents": 24}, {}])
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch, other):
+    def stop(n):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    asked, checkpoint = config(n_tokens=2000), tmp_path / "c.pt"
+    source = saelib.open_source("synthetic", 2000)
+    with pytest.raises(KeyboardInterrupt):
+        runs.fit_source(source, asked, on_tokens=stop, checkpoint=checkpoint)
+    data = source if other else sources.from_tensor(torch.randn(2000, source.d_model))
+    with pytest.raises(ValueError, match="checkpoint is .*c.pt of a run with .*: it must be of this run"):
+        runs.fit_source(data, replace(asked, **other), checkpoint=checkpoint)
