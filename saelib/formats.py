@@ -68,7 +68,7 @@ def write_saelens(sae: SAE, folder: Path) -> None:
 
 def read_saelens(folder: Path) -> SAE:
     about, tensors = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
-    kind, normalised = about["architecture"], about.get("normalize_activations", "none")
+    kind, normalised = about["architecture"], about.get("normalize_activations") or "none"
     require(kind in ("topk", "standard"), "architecture", kind, "'topk' or 'standard'")
     act = about.get("activation_fn_str") or about.get("activation_fn") or ("topk" if kind == "topk" else "relu")  # until version 6 beside it
     require(act in ("topk", "relu"), "activation_fn", act, "'topk' or 'relu'")
@@ -89,6 +89,7 @@ def read_saelens(folder: Path) -> SAE:
 
 def write_sparsify(sae: SAE, folder: Path) -> None:
     require(sae.method.key in ("topk", "multi_topk"), "method", sae.method.key, "topk or multi_topk for the format 'sparsify'")
+    require(not (folder / "sae.json").exists(), "folder", str(folder), "another one than that of `SAE.save`, whose weights have the same name in the format 'sparsify'")
     W_enc, b_enc, W_dec, b_pre = weights(sae)
     tensors = {"encoder.weight": W_enc, "encoder.bias": b_enc, "W_dec": W_dec, "b_dec": b_pre}
     write_whole(folder / "sae.safetensors", lambda partial: save_file(tensors, partial))

@@ -14,9 +14,10 @@ MATCH = 0.9  # cosine similarity above which a decoder row counts as a true feat
 
 
 def rows(x: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
-    """Batches of activations, float32: a tensor is cut into pieces, an iterable is passed on."""
+    """Batches of activations, float32: a tensor is cut into pieces, an iterable is passed on, but for what is empty."""
     for batch in x.split(BATCH) if isinstance(x, Tensor) else x:
-        yield batch.float()
+        if len(batch):
+            yield batch.float()
 
 
 @contextmanager

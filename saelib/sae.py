@@ -98,7 +98,7 @@ class SAE(nn.Module):
         """One forward pass with all that it makes.
 
         Args:
-            x: activations.
+            x: activations; they are taken in the type of the weights.
             path: "sparse" never forms the dense latents where the activation function is TopK's; where it is ReLU's it forms
                 them, and multiplies only the active ones once they are few; "native" is the same with parts that are compiled here for
                 this CPU (see `saelib.native`); "dense" is the plain twin, and serves any other activation function.
@@ -111,16 +111,19 @@ class SAE(nn.Module):
             `Output`: x_hat, and the latents of that path.
         """
         self.check(x)
+        x = x.to(self.W_enc.dtype)
         require(path in PAIRS, "path", path, "'sparse', 'native' or 'dense'")
         require(precision in ("fp32", "bf16"), "precision", precision, "'fp32' or 'bf16'")
         if path == "native":
             native.check(x, self.W_enc)
         act = getattr(self.method.forward, "__func__", None)  # a method with an activation function of its own has no kernel
+        own = act is not methods.ReLU.forward and act not in methods.ON_KERNELS
+        require(path != "native" or not own, "path", path, "'sparse' or 'dense' for an activation function that has no kernel")
         if path != "dense" and act in methods.ON_KERNELS:
             again = partial(kernels.autoencode, x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, b_out=self.b_pre, precision=precision,
                             kind=PAIRS[path], copies=copies)
             return Output(*again(self.method.k, choice=self.method.select), again)
-        if path != "dense" and act is methods.ReLU.forward:
+        if path != "dense" and not own:
             return Output(*dense.relu(x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, precision, scratch, path == "native"), None)
         # autocast's cache is shared between threads, and so between the members of a sweep
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
@@ -128,8 +131,8 @@ class SAE(nn.Module):
             return Output(self.decode(latents), latents, None)
 
     def forward(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_model"]:
-        """The reconstruction x_hat of activations x."""
-        return self.run(x).x_hat
+        """The reconstruction x_hat of activations x, in their type."""
+        return self.run(x).x_hat.to(x.dtype)
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:

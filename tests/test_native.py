@@ -3,8 +3,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
-from saelib import auxk, contestants, dense, native, pairs
+from saelib import auxk, contestants, dense, losses, native, pairs
 from saelib.sae import PAIRS
 from tests.test_kernels import make, through
 
@@ -211,3 +212,24 @@ def test_the_operators_refuse_what_they_would_misread():
             native.largest(latents, k)
 
 
+def test_a_penalty_whose_gradient_is_one_number_reaches_the_compiled_gradients():
+    found = []
+    for path in ("native", "sparse"):
+        sae = make(32, 96, 4)
+        out = sae.run(random(50, 32, seed=1), path)
+        (out.x_hat.square().sum() + losses.l1(out.latents)).backward()
+        found.append([p.grad for p in sae.parameters()])
+    for ours, stock in zip(*found):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+
+
+def test_a_method_without_a_kernel_is_refused():
+    with pytest.raises(ValueError, match="path is 'native': it must be 'sparse' or 'dense' for an activation function that has no kernel"):
+        make(32, 96, 4, method="topk_ste").run(random(5, 32), "native")
+
+
+def test_what_was_compiled_is_loaded_without_a_compiler(monkeypatch):
+    native.compiled()
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(cpp_extension, "load", None)
+    assert native.build.__wrapped__().largest

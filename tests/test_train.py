@@ -208,3 +208,20 @@ def test_the_learning_rate_falls_as_one_over_the_root_of_n():
 
 def test_k_aux_is_a_power_of_two_about_half_of_d():
     assert [default_k_aux(d) for d in (2, 64, 384, 768)] == [1, 32, 256, 512]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["topk", "batchtopk", "relu"])
+def test_batches_of_any_type_train_as_float32_ones_do(method, dtype):
+    found = []
+    for to in (dtype, torch.float32):
+        sae = SAE(16, 40, method, 0.1 if method == "relu" else 4)
+        train(sae, lambda step: (X[i * 50: (i + 1) * 50].to(dtype).to(to) for i in range(step, 8)), 8, lr=1e-2)
+        found.append(sae.W_enc.detach())
+    assert torch.equal(*found)
+
+
+def test_batchtopk_counts_its_cuts_on_the_dense_path_in_bfloat16():
+    sae = SAE(16, 40, "batchtopk", 4)
+    sae.run(X[:50], "dense", "bf16")
+    assert sae.method.threshold > 0
