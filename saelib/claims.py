@@ -49,7 +49,7 @@ CLAIMS = {
                   "Relative to its size, autograd's gradient is within 1e-12 of the mask's and 1e-6 of finite differences, and straight-through's is more than 0.1 away; "
                   "straight-through's normalized MSE is above TopK's in every seed",
                   "no figure given", criteria.exact_jacobian),
-    "A2.3": Claim("TopK's selection is discrete: its output jumps at a tie, and active sets settle during training", "ours, on §2.3",
+    "A2.3": Claim("TopK's selection is discrete: its output jumps at a tie, and active sets come to rest by the end of training", "ours, on §2.3",
                   "On a path cut 16 times finer TopK's largest step keeps more than 90 % of its size and ReLU's less than 20 %; in every seed fewer tokens change "
                   "their active set between TopK's last two checkpoints than between its first two",
                   "no figure given", criteria.discrete),

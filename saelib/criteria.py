@@ -71,7 +71,8 @@ def refined(shift: dict[str, dict[str, list[float]]], change: dict[str, dict[str
     lines, parts = [], []
     for subject, by in shift.items():
         relu, topk = (said(by[method], "+.1%") for method in ("relu", "topk"))
-        lines.append(f"{subject}: latents move by ReLU {relu}, TopK {topk}")
+        moved = {method: sum(values) / len(values) for method, values in change[subject].items()}
+        lines.append(f"{subject}: the sum of latents changes by ReLU {relu}, TopK {topk}, single ones by {moved['relu']:.1%} and {moved['topk']:.1%} of it")
         parts += [min(by["relu"]) > 0, all(t < r for t, r in zip(change[subject]["topk"], change[subject]["relu"])),
                   all(abs(t) < r / 4 for t, r in zip(by["topk"], by["relu"]))]
     return "; ".join(lines), parts

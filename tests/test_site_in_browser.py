@@ -176,6 +176,8 @@ def test_axe_finds_no_serious_violation(opened, axe):
 def test_axe_finds_no_serious_violation_in_the_dark(page, axe, name):
     open_page(page, name, "dark")
     assert page.get_attribute("html", "data-theme") == "dark"
+    frames = page.eval_on_selector_all(".verdict", "all => all.map(one => getComputedStyle(one.closest('.text_html')).backgroundColor)")
+    assert set(frames) <= {"rgba(0, 0, 0, 0)"}  # a light frame around a dark box is the brightest thing there
     assert serious_violations(axe, page) == []
 
 
