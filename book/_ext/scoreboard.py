@@ -36,7 +36,7 @@ COLUMNS = {
     "id": "Id",
     "claim": "Claim",
     "verdict": "Verdict",
-    "ours": "Ours",
+    "ours": "Here",
     "paper": "Paper's figure",
     "criterion": "Criterion",
     "section": "In the paper",
