@@ -17,6 +17,7 @@ from saelib.files import reading, write_whole
 from saelib.origin import code_hash, inputs
 from saelib.runs import RunConfig, pick_device, run
 
+WRITING = threading.Lock()  # to a store: sweeps in several threads may share one
 STREAMS = 4  # members of a sweep at once on a GPU
 
 
@@ -37,6 +38,15 @@ def whole_lines(store: Path) -> list[str]:
     except json.JSONDecodeError:
         return lines
     return [*lines, last]
+
+
+def end_last_line(store: Path) -> None:
+    """Let the next row begin on a line of its own: after the last one, or in the place of one that is not whole."""
+    with WRITING:
+        text = store.read_text() if store.exists() else ""
+        if text and text[-1] != "\n":
+            lines = whole_lines(store)
+            write_whole(store, lambda partial: partial.write_text("".join(line + "\n" for line in lines)))
 
 
 def side_by_side(task: Callable, items: Iterable, device: str = "cpu", stop: threading.Event | None = None) -> list:
@@ -99,10 +109,10 @@ def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, devi
     done = {config: kept[name] for config, name in names.items() if name in kept and kept[name]["provenance"].get("inputs") == inputs(config)}
     todo = [config for config in names if config not in done]
     if store and todo:
-        lines = whole_lines(Path(store)) if rows else []
-        write_whole(Path(store), lambda partial: partial.write_text("".join(line + "\n" for line in lines)))  # without what is torn
+        Path(store).parent.mkdir(parents=True, exist_ok=True)
+        end_last_line(Path(store))
     checkpoints = store and Path(store).with_suffix(".checkpoints")
-    stop, writing = threading.Event(), threading.Lock()
+    stop = threading.Event()
     bar = tqdm(total=sum(c.n_tokens for c in todo), unit="tok", unit_scale=True, disable=not (progress and todo),
                mininterval=2, desc=f"{len(todo)} runs", file=sys.stderr)
 
@@ -118,7 +128,7 @@ def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, devi
         except Exception as error:
             error.add_note(f"in {config}")
             raise
-        with writing:
+        with WRITING:
             done[config] = row
             if store:
                 with open(store, "a") as file:

@@ -285,6 +285,12 @@ def test_reading_a_store_leaves_the_file_alone_and_a_last_row_without_a_newline_
     assert sweeps.read_rows(store) == [first, second, third]
 
 
+def test_sweeps_in_several_threads_share_a_store(tmp_path):
+    store = tmp_path / "rows.jsonl"
+    sweeps.side_by_side(lambda seed: saelib.sweep([config(seed=seed, n_tokens=400)], store, progress=False), range(12))
+    assert sorted(row["config"]["seed"] for row in sweeps.read_rows(store)) == list(range(12))
+
+
 def test_a_file_that_is_no_store_is_refused_and_kept(tmp_path):
     store = tmp_path / "notes.json"
     store.write_text('{"precious": 1}')
