@@ -19,6 +19,7 @@ from saelib.runs import RunConfig, pick_device, run
 
 WRITING = threading.Lock()  # to a store: sweeps in several threads may share one
 STREAMS = 4  # members of a sweep at once on a GPU
+BEGINS = '{"config": '  # each row of a store
 
 
 def read_rows(store: Path | str) -> list[dict]:
@@ -27,12 +28,16 @@ def read_rows(store: Path | str) -> list[dict]:
     if not store.exists():
         return []
     with reading("store", store, "hold one JSON object on each line"):
-        return [json.loads(line) for line in whole_lines(store)]
+        rows = [json.loads(line) for line in whole_lines(store)]
+        require(all(isinstance(row, dict) for row in rows), "store", str(store), "a file of rows that a sweep wrote")
+        return rows
 
 
 def whole_lines(store: Path) -> list[str]:
-    """The lines of a file of JSON lines, but for a last one that is not whole."""
+    """The lines of a file of JSON lines, but for a last one that began as a row and is not whole."""
     *lines, last = store.read_text().split("\n")
+    if not BEGINS.startswith(last[:len(BEGINS)]):
+        return [*lines, last]
     try:
         json.loads(last)
     except json.JSONDecodeError:

@@ -291,12 +291,13 @@ def test_sweeps_in_several_threads_share_a_store(tmp_path):
     assert sorted(row["config"]["seed"] for row in sweeps.read_rows(store)) == list(range(12))
 
 
-def test_a_file_that_is_no_store_is_refused_and_kept(tmp_path):
+@pytest.mark.parametrize("text", ['{"precious": 1}', "precious", "[1, 2]\n", '{"precious": 1', "a line\nand another"])
+def test_a_file_that_is_no_store_is_refused_and_kept(text, tmp_path):
     store = tmp_path / "notes.json"
-    store.write_text('{"precious": 1}')
-    with pytest.raises(ValueError, match="store is .*notes.json.*: it must be a file of rows that a sweep wrote"):
+    store.write_text(text)
+    with pytest.raises(ValueError, match="store is .*notes.json.*: it must (hold one JSON object on each line|be a file of rows that a sweep wrote)"):
         saelib.sweep([config()], store, progress=False)
-    assert store.read_text() == '{"precious": 1}'
+    assert store.read_text() == text
 
 
 def test_a_method_is_known_by_all_that_it_consists_of(monkeypatch):
