@@ -7,7 +7,8 @@ what happens to an input first. Where a library normalises it by layer norm, tha
 
 so W_enc / s, s W_dec and s b_pre make the same latents, and the same reconstruction once it is scaled back. Where it does not, an SAE of
 normalised activations is written as it is, and wants its inputs normalised there too, as `saelib.sources.normalise` does it. dictionary_learning
-scales the decoder's rows to unit norm when it loads a ReLU SAE; training here leaves them so.
+scales the decoder's rows to unit norm when it loads a ReLU SAE; training here leaves them so. In use Multi-TopK is TopK, and BatchTopK a JumpReLU
+whose threshold is the same for all latents.
 """
 import json
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from saelib.checks import require
 from saelib.files import reading, write_json, write_whole
 from saelib.sae import SAE
 from saelib.sources import UNIT_NORM
+
+SAELENS = "6.0.0"  # whose files are written: without a version its loader takes them for older ones, and drops their metadata
 
 
 def build(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_pre: Tensor, method: str, sparsity: float, normalisation: str = "none") -> SAE:
@@ -48,7 +51,7 @@ def weights(sae: SAE, scale: float = 1.0) -> list[Tensor]:
     return [tensor.contiguous() for tensor in scaled(*own, scale)]
 
 
-def write_saelens(sae: SAE, folder: Path) -> None:
+def write_saelens(sae: SAE, folder: Path, **metadata) -> None:
     key, is_normalised = sae.method.key, sae.normalisation == UNIT_NORM
     kinds = {"topk": "topk", "multi_topk": "topk", "relu": "standard", "batchtopk": "jumprelu"}
     require(key in kinds, "method", key, f"one of {', '.join(kinds)} for the format 'saelens'")
@@ -57,11 +60,12 @@ def write_saelens(sae: SAE, folder: Path) -> None:
     tensors = {"W_enc": W_enc.t().contiguous(), "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_pre}
     about = {"architecture": kinds[key], "d_in": sae.d_model, "d_sae": sae.n_latents, "dtype": "float32", "device": "cpu",
              "apply_b_dec_to_input": True, "normalize_activations": "layer_norm" if is_normalised else "none",
-             "reshape_activations": "none", "metadata": {}}
+             "reshape_activations": "none", "metadata": metadata | {"sae_lens_version": SAELENS}}
     if kinds[key] == "topk":
         about |= {"k": sae.method.k, "rescale_acts_by_decoder_norm": False}
     if kinds[key] == "jumprelu":
-        tensors["threshold"] = sae.method.threshold.detach().float().cpu().expand(sae.n_latents).contiguous()
+        tensors["threshold"] = sae.method.learnt().detach().float().cpu().expand(sae.n_latents).contiguous()
+        about["metadata"]["k"] = sae.method.k
     write_whole(folder / "sae_weights.safetensors", lambda partial: save_file(tensors, partial))
     write_json(folder / "cfg.json", about)
 
@@ -69,7 +73,7 @@ def write_saelens(sae: SAE, folder: Path) -> None:
 def read_saelens(folder: Path) -> SAE:
     about, tensors = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
     kind, normalised = about["architecture"], about.get("normalize_activations") or "none"
-    require(kind in ("topk", "standard"), "architecture", kind, "'topk' or 'standard'")
+    require(kind in ("topk", "standard", "jumprelu"), "architecture", kind, "'topk', 'standard' or 'jumprelu'")
     act = about.get("activation_fn_str") or about.get("activation_fn") or ("topk" if kind == "topk" else "relu")  # until version 6 beside it
     require(act in ("topk", "relu"), "activation_fn", act, "'topk' or 'relu'")
     require(not about.get("finetuning_scaling_factor"), "finetuning_scaling_factor", True, "false")
@@ -84,7 +88,16 @@ def read_saelens(folder: Path) -> SAE:
     scale = 1 / layer_norm_scale(W_enc.shape[1]) if normalised == "layer_norm" else 1.0
     k = about.get("k") or (about.get("activation_fn_kwargs") or {}).get("k")
     method = ("topk", k) if act == "topk" else ("relu", 0.0)
-    return build(*scaled(W_enc, b_enc, W_dec, b_pre, scale), *method, UNIT_NORM if normalised == "layer_norm" else "none")
+    if kind == "jumprelu":
+        threshold, k = tensors["threshold"].float(), (about.get("metadata") or {}).get("k")
+        is_batchtopk = bool(threshold.eq(threshold[0]).all()) and k is not None
+        require(is_batchtopk, "architecture", kind, "a BatchTopK SAE's, with one threshold for all latents and k in the metadata")
+        method = "batchtopk", k
+    sae = build(*scaled(W_enc, b_enc, W_dec, b_pre, scale), *method, UNIT_NORM if normalised == "layer_norm" else "none")
+    if kind == "jumprelu":
+        sae.method.threshold.copy_(threshold[0])
+        sae.method.n_cuts.fill_(1)
+    return sae
 
 
 def write_sparsify(sae: SAE, folder: Path) -> None:
@@ -109,12 +122,12 @@ def read_sparsify(folder: Path) -> SAE:
 
 
 def write_dictionary_learning(sae: SAE, folder: Path) -> None:
-    kinds = {"topk": "AutoEncoderTopK", "relu": "AutoEncoder"}
+    kinds = {"topk": "AutoEncoderTopK", "multi_topk": "AutoEncoderTopK", "relu": "AutoEncoder"}
     require(sae.method.key in kinds, "method", sae.method.key, f"one of {', '.join(kinds)} for the format 'dictionary_learning'")
     W_enc, b_enc, W_dec, b_pre = weights(sae)
     tensors = {"encoder.weight": W_enc, "encoder.bias": b_enc, "decoder.weight": W_dec.t().contiguous()}
     trainer = {"dict_class": kinds[sae.method.key], "activation_dim": sae.d_model, "dict_size": sae.n_latents}
-    if sae.method.key == "topk":
+    if sae.method.key != "relu":
         tensors |= {"b_dec": b_pre, "k": torch.tensor(sae.method.k, dtype=torch.int), "threshold": torch.tensor(-1.0)}
         trainer["k"] = sae.method.k
     else:
@@ -163,23 +176,27 @@ FORMATS = {"saelens": (write_saelens, read_saelens), "sparsify": (write_sparsify
            "dictionary_learning": (write_dictionary_learning, read_dictionary_learning), "openai": (write_openai, read_openai)}
 
 
-def of(format: str) -> tuple[Callable[[SAE, Path], None], Callable[[Path], SAE]]:
+def of(format: str) -> tuple[Callable[..., None], Callable[[Path], SAE]]:
     require(format in FORMATS, "format", format, f"one of {', '.join(FORMATS)}")
     return FORMATS[format]
 
 
-def save(sae: SAE, folder: str | Path, format: str) -> None:
+def save(sae: SAE, folder: str | Path, format: str, **metadata) -> None:
     """Write an SAE into `folder` as another library loads it.
 
     Args:
         sae: the autoencoder.
         folder: made if it is not there.
         format: "saelens", "sparsify", "dictionary_learning" or "openai".
+        metadata: where the SAE belongs, as SAELens calls it: `model_name`, `hook_name`, `context_size`, `prepend_bos` and what else it
+            should keep. The other formats have no place for it.
 
     Raises:
-        ValueError: an unknown format, or an SAE that it cannot hold. Nothing is written then.
+        ValueError: an unknown format, an SAE or metadata that it cannot hold, or a BatchTopK SAE that was never trained. Nothing is written then.
     """
-    of(format)[0](sae, Path(folder))
+    write = of(format)[0]
+    require(not metadata or write is write_saelens, "format", format, f"'saelens' to keep {', '.join(metadata)}")
+    write(sae, Path(folder), **metadata)
 
 
 def load(folder: str | Path, format: str) -> SAE:

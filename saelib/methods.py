@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saelib import losses
+from saelib.checks import require
 
 THRESHOLD_RATE = 0.01  # weight of the newest batch in BatchTopK's running mean, at least
 
@@ -127,10 +128,15 @@ class BatchTopK(TopK):
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("n_cuts", torch.zeros(()))
 
+    def learnt(self) -> Tensor:
+        """t as it is after training. Raise ValueError if there was none: t = 0 would be a plain ReLU."""
+        require(bool(self.n_cuts), "method", self.key, "trained before it is used, since its threshold comes from training")
+        return self.threshold
+
     def cut(self, pre_acts: Float[Tensor, "batch any"]) -> Tensor:
         """t, if these are the largest pre-activations of each token."""
         if not self.training:
-            return self.threshold
+            return self.learnt()
         return pre_acts.detach().flatten().topk(self.k * len(pre_acts), sorted=False).values.min()
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from saelib import formats, sources
 from saelib.sae import SAE
@@ -14,7 +14,8 @@ D, N, K = 12, 40, 5
 X = 3 * torch.randn(50, D, generator=torch.Generator().manual_seed(0)) + 1
 CASES = [("saelens", "topk", "none"), ("saelens", "topk", sources.UNIT_NORM), ("saelens", "multi_topk", sources.UNIT_NORM), ("saelens", "relu", "none"),
          ("saelens", "relu", sources.UNIT_NORM), ("saelens", "batchtopk", sources.UNIT_NORM), ("sparsify", "topk", "none"), ("sparsify", "multi_topk", "none"),
-         ("sparsify", "topk", sources.UNIT_NORM), ("dictionary_learning", "topk", "none"), ("dictionary_learning", "relu", sources.UNIT_NORM),
+         ("sparsify", "topk", sources.UNIT_NORM), ("dictionary_learning", "topk", "none"), ("dictionary_learning", "multi_topk", "none"),
+         ("dictionary_learning", "relu", sources.UNIT_NORM),
          ("openai", "topk", sources.UNIT_NORM), ("openai", "multi_topk", sources.UNIT_NORM), ("openai", "relu", "none")]
 WITHOUT = [case for case in CASES if case[0] in ("sparsify", "dictionary_learning")]  # these do nothing to their inputs
 
@@ -29,6 +30,7 @@ def make(method, normalisation):
         sae.normalise_decoder()
         if method == "batchtopk":
             sae.method.threshold.fill_(0.4)
+            sae.method.n_cuts.fill_(9)
     return sae.eval()
 
 
@@ -98,7 +100,7 @@ def test_the_other_library_computes_the_same(format, method, normalisation, tmp_
     assert not list(tmp_path.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("format, method, normalisation", [case for case in CASES if case[1] != "batchtopk"])
+@pytest.mark.parametrize("format, method, normalisation", CASES)
 def test_what_was_written_comes_back(format, method, normalisation, tmp_path):
     sae = make(method, normalisation)
     formats.save(sae, tmp_path, format)
@@ -108,6 +110,7 @@ def test_what_was_written_comes_back(format, method, normalisation, tmp_path):
     assert back.method.sparsity == (0 if method == "relu" else K)
     for name, tensor in sae.named_parameters():
         torch.testing.assert_close(dict(back.named_parameters())[name], tensor, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(back(sources.normalise(X)), sae(sources.normalise(X)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("centred", [True, False])
@@ -153,7 +156,7 @@ def test_damaged_files_are_one_line_that_names_the_folder(format, tmp_path):
 @pytest.mark.parametrize("format, method, normalisation, message", [
     ("saelens2", "topk", "none", "format is 'saelens2': it must be one of saelens, sparsify, dictionary_learning, openai"),
     ("sparsify", "relu", "none", "method is 'relu': it must be topk or multi_topk"),
-    ("dictionary_learning", "batchtopk", "none", "method is 'batchtopk': it must be one of topk, relu"),
+    ("dictionary_learning", "batchtopk", "none", "method is 'batchtopk': it must be one of topk, multi_topk, relu"),
     ("openai", "topk", "none", "normalisation is 'none': it must be 'unit_norm' for a topk SAE"),
     ("openai", "relu", sources.UNIT_NORM, "normalisation is 'unit_norm': it must be 'none' for a relu SAE"),
 ])
@@ -161,6 +164,31 @@ def test_what_a_format_cannot_hold_is_said_and_nothing_written(format, method, n
     with pytest.raises(ValueError, match=message):
         formats.save(make(method, normalisation), tmp_path / "new", format)
     assert not (tmp_path / "new").exists()
+
+
+def test_metadata_is_kept_where_there_is_a_place_for_it(tmp_path):
+    about = {"model_name": "gpt2", "hook_name": "blocks.8.hook_resid_post", "prepend_bos": False}
+    formats.save(make("batchtopk", "none"), tmp_path, "saelens", **about)
+    kept = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
+    assert about.items() <= kept.items() and kept["k"] == K
+    with pytest.raises(ValueError, match="format is 'sparsify': it must be 'saelens' to keep model_name, hook_name, prepend_bos"):
+        formats.save(make("topk", "none"), tmp_path / "new", "sparsify", **about)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_batchtopk_sae_that_was_never_trained_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="method is 'batchtopk': it must be trained before it is used"):
+        formats.save(SAE(D, N, "batchtopk", K), tmp_path / "new", "saelens")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_jumprelu_sae_with_a_threshold_for_each_latent_is_refused(tmp_path):
+    formats.save(make("batchtopk", "none"), tmp_path, "saelens")
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    tensors["threshold"][3] += 1
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(ValueError, match="architecture is 'jumprelu': it must be a BatchTopK SAE's, with one threshold for all latents"):
+        formats.load(tmp_path, "saelens")
 
 
 @pytest.mark.parametrize("format, changed, message", [
@@ -185,6 +213,7 @@ def asked(library, folder, x):
     """Latents and reconstruction by the library itself."""
     if library == "sae_lens":
         theirs = importlib.import_module("sae_lens").SAE.load_from_disk(folder)
+        assert theirs.cfg.metadata.hook_name == "blocks.8.hook_resid_post"
         latents = theirs.encode(x)
         return latents, theirs.decode(latents)
     if library == "sparsify":
@@ -201,7 +230,7 @@ def test_the_library_itself_loads_it_and_computes_the_same(format, method, norma
     library = {"saelens": "sae_lens"}.get(format, format)
     pytest.importorskip(library, reason=f"{library} is not installed: pip install '.[peers]'")
     sae = make(method, normalisation)
-    formats.save(sae, tmp_path, format)
+    formats.save(sae, tmp_path, format, **{"hook_name": "blocks.8.hook_resid_post"} if format == "saelens" else {})
     x = sources.normalise(X) if normalisation == sources.UNIT_NORM and (format, method, normalisation) in WITHOUT else X
     for theirs, own in zip(asked(library, tmp_path, x), ours(sae, x) if x is X else (sae.encode(x), sae(x))):
         torch.testing.assert_close(theirs, own, rtol=1e-4, atol=1e-4)

@@ -112,6 +112,13 @@ def test_after_a_short_run_batchtopk_still_keeps_about_k_on_held_out_tokens():
     assert 3.3 < l0 < 4.7
 
 
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+def test_batchtopk_is_not_used_before_it_has_learnt_a_threshold(path):
+    sae = SAE(16, 40, "batchtopk", 3).eval()
+    with pytest.raises(ValueError, match="method is 'batchtopk': it must be trained before it is used"):
+        sae.run(torch.randn(20, 16), path)
+
+
 def test_batchtopk_in_use_does_not_look_at_the_other_tokens_of_a_batch():
     sae, x = SAE(16, 40, "batchtopk", 3), torch.randn(200, 16)
     for _ in range(5):
