@@ -103,16 +103,23 @@ def residual_stream(model: nn.Module, ids: Tensor, layer: int) -> Tensor:
     return kept[0]
 
 
+def wrapping(tokenizer) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and after a text: [CLS] and [SEP], a beginning of sequence, or none."""
+    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    before = next(i for i in range(len(whole)) if whole[i: i + len(bare)] == bare)
+    return whole[:before], whole[before + len(bare):]
+
+
 def windows(documents: Iterator[str], tokenizer, n_windows: int, context: int = CONTEXT) -> Tensor:
     """Token ids cut into windows of `context`, drawn from all over the text: at most [n_windows, context].
 
-    Documents are joined by the tokenizer's end-of-text token and cut; a model with [CLS] and [SEP] (an encoder)
-    gets them around each window. Documents are read until there are SPREAD times the windows asked for, and the
+    Documents are joined by the tokenizer's end-of-text token and cut; each window is then wrapped as the tokenizer wraps a text, and
+    where that ends it ([SEP]) documents are joined by nothing. Documents are read until there are SPREAD times the windows asked for, and the
     windows are drawn from those without replacement.
     """
-    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
-    wrapped = cls is not None and sep is not None
-    body, end = context - 2 * wrapped, [] if wrapped or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    before, after = wrapping(tokenizer)
+    body = context - len(before) - len(after)
+    end = [] if after or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = []
     for text in documents:
         ids += end + tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
@@ -121,9 +128,7 @@ def windows(documents: Iterator[str], tokenizer, n_windows: int, context: int = 
     require(len(ids) >= body, "text", f"of {len(ids)} tokens in this split", f"long enough for a window of {body}")
     cut = torch.tensor(ids[: len(ids) // body * body], dtype=torch.int64).view(-1, body)
     cut = cut[torch.randperm(len(cut), generator=torch.Generator().manual_seed(0))[:n_windows]]
-    if wrapped:
-        cut = torch.cat([torch.full((len(cut), 1), cls), cut, torch.full((len(cut), 1), sep)], 1)
-    return cut
+    return torch.cat([torch.tensor(before).long().expand(len(cut), -1), cut, torch.tensor(after).long().expand(len(cut), -1)], 1)
 
 
 def fast_dtype(device: str) -> torch.dtype:
@@ -143,9 +148,9 @@ def harvest(model: nn.Module, ids: Tensor, layer: int, inner: slice, device: str
 def activations(subject: str, text: str, split: str, n_tokens: int, layer: int | None, device: str) -> Iterator[Tensor]:
     """Normalised activations of a subject on a text, [n, d_model] at a time. Special tokens are left out."""
     model, tokenizer = load(subject, device)
-    wrapped = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
-    inner = slice(1, -1) if wrapped else slice(None)
-    n_windows = -(-n_tokens // (CONTEXT - 2 * wrapped))
+    before, after = wrapping(tokenizer)
+    inner = slice(len(before), CONTEXT - len(after))
+    n_windows = -(-n_tokens // (inner.stop - inner.start))
     ids = windows(texts.documents(text, split), tokenizer, n_windows)
     yield from harvest(model, ids, max(1, int(DEPTH * len(blocks(model)))) if layer is None else layer, inner, device)
 

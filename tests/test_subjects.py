@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from saelib import subjects, texts
@@ -22,8 +23,15 @@ def tiny(tmp_path_factory):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<end>").save_pretrained(gpt)
     bert = tmp_path_factory.mktemp("bert")
     BertModel(BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)).save_pretrained(bert)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, cls_token="[CLS]", sep_token="[SEP]").save_pretrained(bert)
-    return {"gpt": str(gpt), "bert": str(bert)}
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, cls_token="[CLS]", sep_token="[SEP]")
+    wrapped.backend_tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    wrapped.save_pretrained(bert)
+    begun = tmp_path_factory.mktemp("begun")  # as Llama's and Gemma's do
+    GPT2LMHeadModel.from_pretrained(gpt).save_pretrained(begun)
+    beginning = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token="[CLS]", eos_token="<end>")
+    beginning.backend_tokenizer.post_processor = TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 1)])
+    beginning.save_pretrained(begun)
+    return {"gpt": str(gpt), "bert": str(bert), "begun": str(begun)}
 
 
 @pytest.fixture
@@ -58,6 +66,15 @@ def test_special_tokens_wrap_an_encoders_windows_and_are_left_out(tiny, text):
     assert ids.shape == (5, 64) and (ids[:, 0] == tokenizer.cls_token_id).all() and (ids[:, -1] == tokenizer.sep_token_id).all()
     rows = torch.cat(list(subjects.activations(tiny["bert"], text, "train", 62 * 5, None, "cpu")))
     assert len(rows) == 62 * 5
+
+
+def test_each_window_begins_as_the_tokenizer_begins_a_text_and_that_position_is_left_out(tiny, text):
+    model, tokenizer = subjects.load(tiny["begun"])
+    ids = subjects.windows(texts.documents(text, "train"), tokenizer, 40)
+    assert ids.shape == (40, 64) and (ids[:, 0] == 1).all() and (ids[:, 1:] != 1).all() and (ids == tokenizer.eos_token_id).any()
+    rows = torch.cat(list(subjects.harvest(model, ids, 1, slice(1, 64), "cpu")))
+    torch.testing.assert_close(torch.cat(list(subjects.activations(tiny["begun"], text, "train", 63 * 40, 1, "cpu"))), rows)
+    assert len(rows) == 63 * 40
 
 
 def test_the_cache_is_keyed_by_layer_text_and_weights(tiny, text, tmp_path):
