@@ -18,12 +18,13 @@ class Method(nn.Module):
     `key`, `label`, `knob` and `grid` are data about the class: the loop, the sweeps, the figures and the tests
     read them and know no method by name. `knob` says what `sparsity` is: "k" or "l1_coef". A method that has
     `k` keeps that many latents for each token at most, or on average. One that inherits the forward of `ReLU`, `TopK` or
-    `BatchTopK` runs on their kernels. `waits` says that its step asks the device for a number, and waits for the answer.
+    `BatchTopK` runs on their kernels. `encoder_norm` is the length of the encoder's rows at the start. `waits` says that its step asks the device for a number, and waits for the answer.
     """
     key: ClassVar[str]
     label: ClassVar[str]
     knob: ClassVar[str]
     grid: ClassVar[tuple[float, ...]]
+    encoder_norm: ClassVar[float] = 1.0
     waits: ClassVar[bool] = False
 
     def __init__(self, n_latents: int, sparsity: float):

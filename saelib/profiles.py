@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 from saelib.methods import METHODS
 
-LRS = {  # at the length of a laptop run, chosen by tools/tune_lr.py, the same search for both methods
-    ("synthetic", "relu"): 1.28e-1, ("synthetic", "topk"): 1.6e-2,
-    ("pygpt", "relu"): 3.2e-2, ("pygpt", "topk"): 1.6e-2,
-    ("minilm", "relu"): 1.6e-2, ("minilm", "topk"): 8e-3,
+LRS = {  # at the length of a laptop run, chosen by tools/tune_lr.py, the same search for all
+    ("synthetic", "relu"): 1.28e-1, ("synthetic", "relu_short"): 1.28e-1, ("synthetic", "topk"): 1.6e-2,
+    ("pygpt", "relu"): 3.2e-2, ("pygpt", "relu_short"): 6.4e-2, ("pygpt", "topk"): 1.6e-2,
+    ("minilm", "relu"): 1.6e-2, ("minilm", "relu_short"): 1.6e-2, ("minilm", "topk"): 8e-3,
 }
 OTHER_LR = {"quick": 8e-3, "laptop": 8e-3, "gpu": 2e-3, "paper": None}  # not searched for; None is the paper's rule
 
@@ -132,5 +132,5 @@ def store_of(chapter: str, profile: str) -> Path | None:
 
 
 def lr_of(subject: str, method: str, profile: str) -> float | None:
-    """The learning rate of a method on a subject: the tuned one at `laptop`, one for both methods elsewhere."""
+    """The learning rate of a method on a subject: the tuned one at `laptop`, one for all methods elsewhere."""
     return LRS.get((subject, method), OTHER_LR[profile]) if profile == "laptop" else OTHER_LR[profile]

@@ -47,7 +47,8 @@ class SAE(nn.Module):
     z = act(W_enc (x - b_pre) + b_enc),  x_hat = W_dec^T z + b_pre
 
     `W_enc` and `W_dec` are both [n_latents, d_model], one row a latent: `W_dec` is the transpose of the paper's.
-    At the start `W_enc` equals `W_dec`, whose rows are random unit vectors; they are not tied after that.
+    At the start `W_enc` equals `W_dec`, whose rows are random unit vectors, but for a method that wants its encoder's rows of another
+    length (`encoder_norm`); they are not tied after that.
 
     Args:
         d_model: size of an activation.
@@ -72,7 +73,7 @@ class SAE(nn.Module):
         self.method = methods.make(method, n_latents, sparsity)
         rows = torch.randn(n_latents, d_model, generator=torch.Generator().manual_seed(seed))
         rows /= rows.norm(dim=1, keepdim=True)
-        self.W_enc, self.W_dec = nn.Parameter(rows.clone()), nn.Parameter(rows.clone())
+        self.W_enc, self.W_dec = nn.Parameter(self.method.encoder_norm * rows), nn.Parameter(rows)
         self.b_enc, self.b_pre = nn.Parameter(torch.zeros(n_latents)), nn.Parameter(torch.zeros(d_model))
 
     def check(self, x: Tensor) -> None:

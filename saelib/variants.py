@@ -1,4 +1,4 @@
-"""Methods that nobody should use: each changes one thing, so that a chapter can show what that thing does.
+"""Methods that change one thing, so that a chapter can show what that thing does. Most of them nobody should use.
 
 They are in `METHODS` like the others, so the loop, the sweeps and the contract tests treat them alike.
 """
@@ -7,6 +7,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelib.methods import METHODS, ReLU, TopK
+
+
+class ReLUShort(ReLU):
+    """ReLU with L1 whose encoder starts with rows of length 1 / sqrt(3), as long as torch makes those of a linear layer: entries
+    uniform in ±1 / sqrt(d_model).
+
+    Paper: Appendix A.1 (the baselines keep that length; here only TopK has another)
+    """
+    key, label, encoder_norm = "relu_short", "ReLU + L1, shorter rows", 3**-0.5
 
 
 class ReLUL2(ReLU):
@@ -49,7 +58,7 @@ class ReLUSmoothest(ReLUSmooth):
 class ReLUSubgradient(ReLU):
     """ReLU with L1, where the derivative of `|z|` at z = 0 is ours to choose: `at_zero`, anything in [-1, 1].
 
-    loss = ||x - x_hat||² + l1_coef Σ_i `|z_i|`,  d `|z|` /dz = at_zero where z = 0, else sign(z)
+    loss = ||x - x_hat||² + l1_coef Σ_i |z_i|,  d|z|/dz = at_zero where z = 0, else sign(z)
 
     Ours, because torch chooses 0, and the choice should not matter behind a ReLU.
     """
@@ -75,4 +84,4 @@ class StraightThroughTopK(TopK):
         return latents + pre_acts - pre_acts.detach()
 
 
-METHODS |= {method.key: method for method in (ReLUL2, ReLUSmooth, ReLUSmoother, ReLUSmoothest, ReLUSubgradient, StraightThroughTopK)}
+METHODS |= {method.key: method for method in (ReLUShort, ReLUL2, ReLUSmooth, ReLUSmoother, ReLUSmoothest, ReLUSubgradient, StraightThroughTopK)}

@@ -70,6 +70,13 @@ def test_straight_through_gives_every_latent_the_gradient_and_topk_the_selected_
         assert torch.allclose(latents, torch.tensor([[0, 0, 0, 0.2, 2.0]])) and pre_acts.grad[0].tolist() == wanted
 
 
+def test_shorter_rows_are_the_same_directions_at_the_length_that_torch_gives_a_linear_layer():
+    short, unit = SAE(64, 4000, "relu_short", 0.1), SAE(64, 4000, "relu", 0.1)
+    norms = short.W_enc.detach().norm(dim=1)
+    assert torch.equal(short.W_dec, unit.W_dec) and torch.allclose(short.W_enc, norms[:, None] * unit.W_enc, atol=1e-6)
+    assert torch.allclose(norms, torch.nn.Linear(64, 4000).weight.detach().norm(dim=1).mean(), rtol=1e-2)
+
+
 def test_every_variant_can_be_made_by_its_key():
     own = [v for v in vars(variants).values() if isinstance(v, type) and v.__module__ == variants.__name__]
     assert all(METHODS[v.key] is v for v in own)

@@ -32,7 +32,7 @@ def score(subject, method, lr):
 
 def main(subjects):
     for subject in subjects or SUBJECTS:
-        for method in ("topk", "relu"):
+        for method in ("topk", "relu", "relu_short"):
             scores = {}
             for lr in GRID:
                 scores[lr], points = score(subject, method, lr)
