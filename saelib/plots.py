@@ -11,11 +11,13 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from saelib.labels import name_ends
+
 STYLE = Path(__file__).with_name("book.mplstyle")
 LOOK = {"relu": ("#000000", "o"), "topk": ("#0072B2", "s"), "batchtopk": ("#009E73", "^"), "spare": ("#882255", "+")}
-SHADES = ("#0072B2", "#D55E00", "#009E73", "#882255", "#332288", "#7a7a7a")
-PENALTY_LOOK = {"none": ("#7a7a7a", "x"), "L1": LOOK["relu"], "L2": ("#D55E00", "D"), "smooth 0.01": ("#0072B2", "^"),
-                "smooth 0.1": ("#009E73", "v"), "smooth 1": ("#882255", "s")}
+SHADES = ("#332288", "#D55E00", "#7A6A00", "#882255", "#B8468F", "#7a7a7a")  # of what is no method
+PENALTY_LOOK = {"none": (SHADES[5], "x"), "L1": LOOK["relu"], "L2": (SHADES[1], "D"), "smooth 0.01": (SHADES[0], "^"),
+                "smooth 0.1": (SHADES[2], "v"), "smooth 1": (SHADES[3], "s")}
 PAPER_GREY = "#8a8a8a"
 ROWS_MIME = "application/vnd.saelib.rows+json"
 
@@ -77,26 +79,6 @@ def band(axes: Axes, points: Points, label: str, color: str, marker: str, log: b
     return xs[-1], centre[-1]
 
 
-def name_ends(axes: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
-    """Write each label where its line ends, (x, y, colour): a little lower or higher where labels would meet, on the left where another line ends."""
-    axes.get_xlim(), axes.get_ylim()  # matplotlib sets the limits when asked for them, and the transform needs them
-    to_axes = axes.transData + axes.transAxes.inverted()
-    at = {label: list(to_axes.transform((x, y))) for label, (x, y, _) in ends.items()}
-    order = sorted(at, key=lambda label: at[label][1])
-    for i, label in enumerate(order):
-        for lower in order[:i]:
-            if abs(at[label][0] - at[lower][0]) < 0.4:
-                at[label][1] = max(at[label][1], at[lower][1] + 0.065)
-    for i, label in reversed(list(enumerate(order))):  # what was pushed out at the top comes down again
-        above = [at[higher][1] - 0.065 for higher in order[i + 1:] if abs(at[label][0] - at[higher][0]) < 0.4]
-        at[label][1] = min(at[label][1], 1.0, *above)
-    own = {label: to_axes.transform(end[:2]) for label, end in ends.items()}
-    for label, (x, y) in at.items():
-        hidden = any(0 < other[0] - x < 0.15 and abs(other[1] - own[label][1]) < 0.05 for other in own.values())
-        axes.annotate(label, (x, y), xycoords="axes fraction", xytext=(-7, -5) if hidden else (5, 0), textcoords="offset points", color=ends[label][2],
-                      fontsize=8, ha="right" if hidden else "left", va="center")
-
-
 def versus(series: dict[str, Points], xlabel: str, ylabel: str, *, looks: dict[str, tuple[str, str]] | None = None, title: str = "",
            logx: bool = True, logy: bool = True, note: str = "", axes: Axes | None = None) -> Picture:
     """y against x for a few labelled series, with all seeds.
@@ -122,6 +104,9 @@ def versus(series: dict[str, Points], xlabel: str, ylabel: str, *, looks: dict[s
         picture.numbers += [f"{title + ': ' if title else ''}{label}, x {x:.4g}: " + " ".join(f"{y:.4g}" for y in ys) for x, ys in sorted(points)]
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.margins(x=0.12)
+    at = sorted({x for points in series.values() for x, _ in points})
+    if logx and len(at) <= 6 and all(x == int(x) for x in at):  # a few sizes, each with its own number
+        axes.set_xticks(at)
     name_ends(axes, ends)
     if note:
         axes.annotate(note, (0, -0.24), xycoords="axes fraction", fontsize=7, color="#555555", va="top")

@@ -3,16 +3,16 @@ from collections.abc import Sequence
 
 from matplotlib.ticker import LogLocator
 
-from saelib.plots import LOOK, PAPER_GREY, Picture, canvas, group, name_ends, plain_log
+from saelib.labels import name_ends
+from saelib.plots import PAPER_GREY, SHADES, Picture, canvas, group, plain_log
 
 CASE_TITLES = {"floor": "floors", "topk": "TopK, nothing dead", "auxk": "TopK, 5 % dead, AuxK on", "relu": "ReLU + L1, half active", "relu_few": "ReLU + L1, k active"}
 AXIS_TITLES = {"n_latents": "number of latents, n", "k": "active latents, k", "batch_size": "tokens in a batch"}
-OTHERS = "#D55E00"
 
 
 def color_of(name: str) -> str:
-    """Floors grey, saelib in TopK's blue, what it is compared with in orange."""
-    return LOOK["topk"][0] if name.startswith("saelib") else PAPER_GREY if "GEMM" in name or "alone" in name or "copy" in name else OTHERS
+    """Floors grey, saelib dark, what it is compared with orange."""
+    return SHADES[0] if name.startswith("saelib") else PAPER_GREY if "GEMM" in name or "alone" in name or "copy" in name else SHADES[1]
 
 
 def note_of(rows: Sequence[dict]) -> str:
@@ -51,7 +51,8 @@ def multiples(rows: Sequence[dict]) -> Picture:
             ratio, color = row["ratio"], color_of(row["name"])
             axes.plot([ratio["q1"], ratio["q3"]], [y, y], color=color, linewidth=3, alpha=0.35, solid_capstyle="butt")
             axes.plot([ratio["median"]], [y], "o", color=color, markersize=4)
-            axes.annotate(f"{ratio['median']:.2g}", (ratio["q3"], y), xytext=(5, 0), textcoords="offset points", fontsize=7, va="center", color=color)
+            axes.annotate(f"{ratio['median']:.2g}", (ratio["q3"], y), xytext=(5, 0), textcoords="offset points", fontsize=7, va="center", color=color,
+                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
             labels.append((y, row["name"], False))
         y += 1
     picture.numbers += [f"{row['case']}: {row['name']}: {q['median']:.4g} [{q['q1']:.4g}, {q['q3']:.4g}]" for row in rows for q in [row["ratio"]]]
@@ -62,7 +63,7 @@ def multiples(rows: Sequence[dict]) -> Picture:
     axes.set_yticks([at for at, _, _ in labels], [text for _, text, _ in labels], fontsize=8)
     for tick, (_, _, heading) in zip(axes.get_yticklabels(), labels):
         tick.set_fontweight("bold" if heading else "normal")
-    picture.supxlabel(f"{sizes_of(rows[0])}\n{note_of(rows)}", fontsize=6, color="#555555")
+    picture.supxlabel(f"{sizes_of(rows[0])}\n{note_of(rows)}", fontsize=7, color="#555555")
     return picture
 
 
@@ -94,7 +95,7 @@ def against(rows: Sequence[dict]) -> Picture:
         axes.margins(x=0.1)
         if axes is all_axes[-1]:
             name_ends(axes, ends)
-    picture.supxlabel(note_of(rows), fontsize=6, color="#555555")
+    picture.supxlabel(note_of(rows), fontsize=7, color="#555555")
     return picture
 
 
@@ -113,7 +114,7 @@ def apart(rows: Sequence[dict]) -> Picture:
         took, predicted = row["ms"]["median"], row["predicted_ms"]
         axes.plot([predicted, took], [y, y], color=PAPER_GREY, linewidth=1)
         axes.plot([predicted], [y], "o", color="#000000", markerfacecolor="#ffffff")
-        axes.plot([took], [y], "o", color=LOOK["topk"][0])
+        axes.plot([took], [y], "o", color=SHADES[0])
         axes.annotate(f"{took / predicted:.1f}x", (max(took, predicted), y), xytext=(7, 0), textcoords="offset points", fontsize=8, va="center")
         picture.numbers.append(f"{row['name']}: predicted {predicted:.4g} ms by {row['bound']}, measured {took:.4g} ms, ratio {took / predicted:.3g}")
     plain_log(axes, y=False)
@@ -121,5 +122,5 @@ def apart(rows: Sequence[dict]) -> Picture:
     axes.margins(x=0.15)
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="milliseconds: predicted (ring), measured (dot)")
     axes.set_yticks(range(len(rows)), [f"{row['name']} ({row['bound']})" for row in rows], fontsize=8)
-    picture.supxlabel(f"{sizes_of(rows[0])}\n{note_of(rows)}", fontsize=6, color="#555555")
+    picture.supxlabel(f"{sizes_of(rows[0])}\n{note_of(rows)}", fontsize=7, color="#555555")
     return picture

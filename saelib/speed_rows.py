@@ -18,9 +18,9 @@ def text(rows: list[dict]) -> str:
         if "failed" in row:
             said += f" failed: {row['failed']}"
         if "ms" in row:
-            said += f" {row['ms']['median']:9.2f} ms [{row['ms']['q1']:.2f}, {row['ms']['q3']:.2f}]"
+            said += f" {row['ms']['median']:9.2f} ms [{row['ms']['q1']:8.2f}, {row['ms']['q3']:8.2f}]"
         if "ratio" in row:
-            said += f" {row['ratio']['median']:7.3f} [{row['ratio']['q1']:.3f}, {row['ratio']['q3']:.3f}]"
+            said += f" {row['ratio']['median']:7.3f} [{row['ratio']['q1']:6.3f}, {row['ratio']['q3']:6.3f}]"
         if "predicted_ms" in row:
             said += f"  predicted {row['predicted_ms']:.2f} ms by {row['bound']}"
         if "target" in row:

@@ -33,6 +33,17 @@ def test_colours_stand_out_on_white(key):
     assert 1.05 / (luminance(plots.LOOK[key][0]) + 0.05) >= 3
 
 
+@pytest.mark.parametrize("sizes, labelled", [((256, 1024), [256, 1024]), ((0.3, 3.0), None), (range(100, 800, 100), None)])
+def test_a_few_sizes_are_labelled_with_their_own_numbers(sizes, labelled):
+    axes = plots.versus({"pygpt": [(n, [1.0]) for n in sizes]}, "n", "y").axes[0]
+    assert (list(axes.get_xticks()) == labelled) == (labelled is not None)
+
+
+def test_what_is_no_method_has_no_methods_colour():
+    methods = {plots.LOOK[key][0] for key in ("relu", "topk", "batchtopk")}
+    assert not methods & set(plots.SHADES) and not any(look[0] in methods for name, look in plots.PENALTY_LOOK.items() if name != "L1")
+
+
 def test_curves_list_what_was_measured_and_keep_a_labels_colour_in_every_panel():
     lines = {"a": ([0, 1], [0.0, 1.0]), "b": ([0, 1], [0.0, 1.0])}
     picture = plots.curves({"p": lines, "q": {"b": lines["b"]}}, "x", ("y", ""), dots={"q": {"b": ([0.5], [0.25])}})
@@ -42,8 +53,10 @@ def test_curves_list_what_was_measured_and_keep_a_labels_colour_in_every_panel()
 
 def test_labels_at_the_same_height_are_moved_apart_and_stay_beside_the_panel():
     picture = plots.curves({"p": {f"line {i}": ([0, 1], [0.0, 1.0]) for i in range(6)}}, "x", ("y",))
-    heights = sorted(label.xy[1] for label in picture.axes[0].texts)
+    heights = sorted(label.xyann[1] for label in picture.axes[0].texts)
     assert all(b - a > 0.06 for a, b in zip(heights, heights[1:])) and heights[-1] <= 1
+    far = [abs(label.xyann[1] - label.xy[1]) > 0.04 for label in picture.axes[0].texts]
+    assert [label.arrow_patch is not None for label in picture.axes[0].texts] == far and any(far)  # a thin line leads to the line's own end
 
 
 @pytest.mark.parametrize("rival, side", [((1.05, 1.0), "right"), ((2.0, 1.0), "left"), ((1.05, 9.0), "left"), ((0.95, 1.0), "left")])
