@@ -1,4 +1,5 @@
 """The local Sphinx extensions, on a small book of their own."""
+import importlib
 import json
 import os
 import re
@@ -274,6 +275,23 @@ def test_each_line_of_code_knows_its_indentation_and_is_copied_as_it_was(book):
     block = BeautifulSoup(book.page("index"), "html.parser").find("div", class_="highlight").pre
     assert [line["style"] for line in block.find_all("span", class_="line")] == [f"--indent: {n}ch" for n in (0, 4, 4, 0, 4)]
     assert block.get_text() == code
+
+
+def test_the_rest_of_a_long_numbered_line_stays_right_of_its_number(book):
+    (book.folder / "twice.py").write_text("def twice(x):\n    return 2 * x\n")
+    (book.folder / "conf.py").write_text(CONF.replace('"scoreboard"]', '"scoreboard", "accessible"]'))
+    (book.folder / "index.md").write_text(f"{FRONT_PAGE}\n```{{literalinclude}} twice.py\n:linenos:\n```\n")
+    assert book.build() == ""
+    block = BeautifulSoup(book.page("index"), "html.parser").find("div", class_="highlight").pre
+    assert [line["style"] for line in block.find_all("span", class_="line")] == ["--indent: 3ch", "--indent: 7ch"]
+
+
+def test_an_equation_of_a_docstring_is_set_off_and_its_sections_are_not(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "book/_ext")
+    accessible = importlib.import_module("accessible")
+    lines = ["What it is.", "", "z = max(0, p)", "L = |z|", "", "Args:", "    p: where a = b.", "", "More words."]
+    accessible.set_equations(None, "function", "f", None, None, lines)
+    assert lines == ["What it is.", "", ".. code-block:: text", "", "   z = max(0, p)", "   L = |z|", "", "Args:", "    p: where a = b.", "", "More words."]
 
 
 def test_the_scoreboard_goes_by_id_as_a_reader_counts(book):

@@ -138,6 +138,20 @@ def test_no_line_of_code_is_cut_off_on_a_phone(opened):
     assert opened.evaluate(f"[...document.querySelectorAll('article pre')].filter({cut}).map(pre => pre.textContent)") == []
 
 
+def test_a_box_that_scrolls_sideways_on_a_phone_fades_where_there_is_more(opened):
+    opened.set_viewport_size(NARROW)
+    opened.wait_for_timeout(300)
+    scrolls = "box => box.scrollWidth > box.clientWidth + 1 && ['auto', 'scroll'].includes(getComputedStyle(box).overflowX) && box.clientWidth"
+    boxes = f"[...document.querySelectorAll('.bd-article *')].filter({scrolls})"
+    assert opened.evaluate(f"{boxes}.filter(box => !box.matches('.more-right')).map(box => box.outerHTML.slice(0, 200))") == []
+    assert opened.evaluate(f"[...document.querySelectorAll('.more-left, .more-right')].filter(box => !({scrolls})(box)).length") == 0
+    if opened.evaluate(f"{boxes}.length"):
+        opened.evaluate(f"{boxes}.forEach(box => box.scrollLeft = 1e6)")
+        opened.wait_for_timeout(100)
+        assert opened.evaluate(f"{boxes}.filter(box => !box.matches('.more-left:not(.more-right)')).length") == 0
+        opened.evaluate(f"{boxes}.forEach(box => box.scrollLeft = 0)")
+
+
 def test_a_margin_note_touches_no_figure_and_no_other_note(opened):
     opened.set_viewport_size(WIDE)
     opened.wait_for_timeout(300)
@@ -348,10 +362,10 @@ def test_a_frontier_switches_between_profiles_and_offers_no_choice_of_one(page, 
     with_profiles(page, "quick", "laptop")
     open_page(page, name)
     live = page.locator(".frontier-live").first
-    before = float(live.locator("tbody tr td:nth-child(8)").first.text_content())
+    before = float(live.locator("tbody tr td:nth-child(5)").first.text_content())
     live.locator("select[name=profile]").focus()
     live.locator("select[name=profile]").select_option("laptop")
-    assert float(live.locator("tbody tr td:nth-child(8)").first.text_content()) == pytest.approx(before / 3, abs=1e-4)
+    assert float(live.locator("tbody tr td:nth-child(5)").first.text_content()) == pytest.approx(before / 3, abs=1e-4)
     assert live.locator(".origin").text_content() == "Profile laptop. Run at laptop."
     assert page.evaluate("document.activeElement.name") == "profile"
     page.unroute_all()

@@ -6,6 +6,8 @@ MATHS_THEN_MARK = re.compile(r'(<span class="math notranslate nohighlight">[^<]*
 PICTURE = re.compile(r'<img (?=[^>]*\bsrc="((?:\.\./)*(_(?:images|static)/[^"]+\.svg))")[^>]*>')
 CODE = re.compile(r'(?<=<div class="highlight"><pre>)(.*?)(?=</pre>)', re.DOTALL)
 TAG = re.compile(r"<[^>]*>")
+EQUALS = re.compile(r" (=|<-) ")
+NUMBER = re.compile(r'<span class="linenos">([^<]*)</span>')
 WIDTH = re.compile(r'<svg\b[^>]*\bwidth="([\d.]+)pt"')
 COLUMN = 700  # pixels: no wider picture fits beside the margin
 
@@ -32,9 +34,18 @@ def in_lines(match):
     if 'class="hll"' in match[0]:  # an emphasised line holds its line break: the pieces would not nest
         return match[0]
     lines = match[0].splitlines(keepends=True)
-    plain = [TAG.sub("", line) for line in lines]
-    indents = [len(text) - len(text.lstrip(" ")) for text in plain]
+    numbers = [len(found[1]) + 2 if (found := NUMBER.search(line)) else 0 for line in lines]
+    plain = [TAG.sub("", NUMBER.sub("", line)) for line in lines]
+    indents = [number + len(text) - len(text.lstrip(" ")) for number, text in zip(numbers, plain)]
     return "".join(f'<span class="line" style="--indent: {indent}ch">{line}</span>' for indent, line in zip(indents, lines))
+
+
+def set_equations(app, what, name, obj, options, lines):
+    """A paragraph of a docstring that is an equation keeps its lines and its spaces, and is no prose. Runs before napoleon finds the sections."""
+    paragraphs = [paragraph.split("\n") for paragraph in "\n".join(lines).split("\n\n")]
+    are_equations = [i > 0 and not lines[0].rstrip().endswith(":") and bool(EQUALS.search(" ".join(lines))) for i, lines in enumerate(paragraphs)]
+    set_off = [[".. code-block:: text", "", *(f"   {line}" for line in paragraph)] if is_one else paragraph for paragraph, is_one in zip(paragraphs, are_equations)]
+    lines[:] = "\n\n".join("\n".join(paragraph) for paragraph in set_off).split("\n")
 
 
 def mend(app, pagename, templatename, context, doctree):
@@ -48,5 +59,7 @@ def mend(app, pagename, templatename, context, doctree):
 
 
 def setup(app):
+    app.setup_extension("sphinx.ext.autodoc")
+    app.connect("autodoc-process-docstring", set_equations, priority=400)
     app.connect("html-page-context", mend, priority=900)  # after the extensions that write pictures
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -104,7 +104,7 @@ def run_times(root, notebook, record, name):
 
 def chapter_line(root, notebook, record, name):
     """What a chapter costs, in reading and in running, with the notebook to take away."""
-    words = sum(len(cell.source.split()) for cell in notebook.cells)
+    words = sum(len(cell.source.split()) for cell in notebook.cells if "remove-cell" not in cell.metadata.get("tags", []))
     parts = [f"{max(1, round(words / WORDS_A_MINUTE))} min to read.", *run_times(root, notebook, record, name), f"{{download}}`Download this notebook <{name}.ipynb>`"]
     return "\n".join([":::{container} chapter-line", " ".join(filter(None, parts)), ":::"])
 

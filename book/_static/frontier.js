@@ -8,41 +8,31 @@
   const NARROW = { width: 350, height: 320, left: 52, right: 74, top: 12, bottom: 48 };
   const isNarrow = window.matchMedia("(max-width: 600px)");
   const FIELDS = {
-    subject: "subject", method: "method", sparsity: "k or λ", n_latents: "latents n", seed: "seed", n_tokens: "training tokens",
-    l0: "L0", normalized_mse: "normalized MSE", device: "device",
+    method: "method", sparsity: "k or λ", seed: "seed", l0: "L0", normalized_mse: "normalized MSE", subject: "subject", n_latents: "latents n",
+    n_tokens: "training tokens", device: "device",
   };
 
   const LABEL_ROOM = 24;  // pixels between the labels of an axis
+  const STEPS = [[1], [1, 2, 5], [1, 1.5, 2, 3, 5, 7], [1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8]];  // times powers of ten
 
   const unique = (values) => [...new Set(values)];
 
-  /* 1, 2, 5 times powers of ten within the range; every power's nine where those are too few. */
-  function ticks(low, high) {
-    const found = (steps) => {
-      const values = [];
-      for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
-        for (const step of steps) {
-          const value = step * 10 ** power;
-          if (value >= low * 0.999 && value <= high * 1.001) values.push(Number(value.toPrecision(3)));
-        }
-      }
-      return values;
-    };
-    const few = found([1, 2, 5]);
-    return few.length >= 3 ? few : found([1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9]);
+  /* The values of one of the STEPS between two others. */
+  function ticks(steps, low, high) {
+    const values = [];
+    for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
+      values.push(...steps.map((step) => Number((step * 10 ** power).toPrecision(3))));
+    }
+    return values.filter((value) => value >= low * 0.999 && value <= high * 1.001);
   }
 
-  /* A logarithmic scale that covers the values with a margin. */
+  /* A logarithmic scale that covers the values with a margin, and has as many labels as have room. */
   function scale(values, from, to) {
     const pad = Math.max(0.04, 0.06 * Math.log(Math.max(...values) / Math.min(...values)));
     const low = Math.log(Math.min(...values)) - pad, high = Math.log(Math.max(...values)) + pad;
     const at = (value) => from + (to - from) * (Math.log(value) - low) / (high - low);
-    let last = -Infinity;
-    at.ticks = ticks(Math.exp(low), Math.exp(high)).filter((value) => {
-      const fits = Math.abs(at(value) - last) >= LABEL_ROOM;
-      if (fits) last = at(value);
-      return fits;
-    });
+    const fits = (values) => values.every((value, i) => !i || Math.abs(at(value) - at(values[i - 1])) >= LABEL_ROOM);
+    at.ticks = STEPS.map((steps) => ticks(steps, Math.exp(low), Math.exp(high))).filter(fits).pop();
     return at;
   }
 
@@ -179,24 +169,34 @@
       return parts;
     }
 
-    /* A line a method, through the mean L0 and the geometric mean of the errors of runs that differ in their seed. */
+    /* A line a method, through the mean L0 and the geometric mean of the errors of runs that differ in their seed, and where there are
+       three a band from the least to the greatest. A label stands at the right end of its line, or below its left where another line goes on there. */
     lines(keys, rows) {
-      const ends = [];
-      const lines = keys.map((key) => {
+      const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
+      const path = (points) => points.map(([x, y]) => `${x.toFixed(1)},${y.toFixed(1)}`).join("L");
+      const drawn = keys.map((key) => {
         const own = rows.filter((row) => row.method === key);
-        const means = unique(own.map((row) => row.sparsity)).map((sparsity) => {
-          const seeds = own.filter((row) => row.sparsity === sparsity);
-          const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
-          return [mean(seeds.map((row) => row.l0)), Math.exp(mean(seeds.map((row) => Math.log(row.normalized_mse))))];
-        }).sort((a, b) => a[0] - b[0]);
-        const path = means.map(([x, y], i) => `${i ? "L" : "M"}${this.x(x).toFixed(1)},${this.y(y).toFixed(1)}`).join("");
-        const [, y] = means[means.length - 1];
-        ends.push({ key, x: this.x(Math.max(...own.map((row) => row.l0))) + 10, y: this.y(y) + 4 });
-        return svg("path", { class: "mean", d: path, style: `stroke:${this.color(key)}` });
+        const groups = unique(own.map((row) => row.sparsity)).map((sparsity) => {
+          const seeds = own.filter((row) => row.sparsity === sparsity), errors = seeds.map((row) => row.normalized_mse);
+          const [middle, most, least] = [Math.exp(mean(errors.map(Math.log))), Math.max(...errors), Math.min(...errors)].map(this.y);
+          return { x: this.x(mean(seeds.map((row) => row.l0))), middle, most, least, n: seeds.length };
+        }).sort((a, b) => a.x - b.x);
+        return { key, groups, end: groups[groups.length - 1], right: this.x(Math.max(...own.map((row) => row.l0))) };
       });
+      const height = (groups, x) => {
+        const i = groups.findIndex((group) => group.x > x), from = groups[i - 1], to = groups[i];
+        return i > 0 ? from.middle + (to.middle - from.middle) * (x - from.x) / (to.x - from.x) : NaN;
+      };
+      const passes = (end) => drawn.some(({ groups }) => [15, 30, 45].some((room) => Math.abs(height(groups, end.x + room) - end.middle) < 12));
+      const ends = drawn.map(({ key, end, right }) => passes(end) ? { key, x: end.x - 10, y: end.middle + 14, anchor: "end" } : { key, x: right + 10, y: end.middle + 4, anchor: "start" });
       ends.sort((a, b) => a.y - b.y);
       ends.forEach((end, i) => { if (i && end.y - ends[i - 1].y < 15 && Math.abs(end.x - ends[i - 1].x) < 90) end.y = ends[i - 1].y + 15; });
-      return [...lines, ...ends.map(({ key, x, y }) => svg("text", { class: "end", x, y, style: `fill:${this.color(key)}` }, this.methods[key].label))];
+      return [
+        ...drawn.filter(({ groups }) => Math.max(...groups.map(({ n }) => n)) >= 3).map(({ key, groups }) => svg("path", { class: "band", style: `fill:${this.color(key)}`,
+          d: `M${path([...groups.map(({ x, most }) => [x, most]), ...groups.toReversed().map(({ x, least }) => [x, least])])}Z` })),
+        ...drawn.map(({ key, groups }) => svg("path", { class: "mean", d: `M${path(groups.map(({ x, middle }) => [x, middle]))}`, style: `stroke:${this.color(key)}` })),
+        ...ends.map(({ key, x, y, anchor }) => svg("text", { class: "end", x, y, "text-anchor": anchor, style: `fill:${this.color(key)}` }, this.methods[key].label)),
+      ];
     }
 
     point(row, i) {
