@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from saelib.checks import require
+from saelib.files import reading
 
 UNIT_NORM = "unit_norm"
 FILE_TYPES = (".npy", ".safetensors")
@@ -152,7 +153,7 @@ def from_tensor(x: Tensor, name: str = "tensor", held_out_fraction: float = 0.1,
     Args:
         x: [n_tokens, d_model].
         name: of the source.
-        held_out_fraction: of the rows, from the end.
+        held_out_fraction: of the rows, from the end; above 0 and below 1.
         normalisation: "none", which takes them as they are, or "unit_norm" (see `normalise`). An SAE that is trained on them keeps the word,
             so that other tools learn it too (see `saelib.formats`).
 
@@ -165,18 +166,17 @@ def from_tensor(x: Tensor, name: str = "tensor", held_out_fraction: float = 0.1,
         x = normalise(x)
     if len(x) < 2:
         raise ValueError(f"source has shape {list(x.shape)}: it must hold at least two tokens, one to train on and one to hold out")
-    n_held_out = max(1, round(len(x) * held_out_fraction))
+    require(0 < held_out_fraction < 1, "held_out_fraction", held_out_fraction, "above 0 and below 1")
+    n_held_out = min(max(1, round(len(x) * held_out_fraction)), len(x) - 1)
     return Source(name, [x[:-n_held_out]], x[-n_held_out:], normalisation)
 
 
 def from_file(path: Path, n_tokens: int) -> Source:
     """A source from a `.npy` or `.safetensors` file with one [n_tokens, d_model] array; rows are normalised here."""
-    if path.suffix == ".npy":
-        x = torch.from_numpy(numpy.load(path, mmap_mode="c"))
-    else:
-        tensors = load_file(path)
-        require(len(tensors) == 1, "source", f"{path.name} with tensors {', '.join(tensors)}", "a file with one tensor")
-        x, = tensors.values()
+    with reading("subject", path, "be a readable .npy or .safetensors file of one array"):
+        tensors = {"": torch.from_numpy(numpy.load(path, mmap_mode="c"))} if path.suffix == ".npy" else load_file(path)
+    require(len(tensors) == 1, "source", f"{path.name} with tensors {', '.join(tensors)}", "a file with one tensor")
+    x, = tensors.values()
     source = from_tensor(x, path.name, normalisation=UNIT_NORM)
     return Source(path.name, [source.shards[0][:n_tokens]], source.held_out, UNIT_NORM)
 

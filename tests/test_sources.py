@@ -116,3 +116,19 @@ def test_an_sae_does_not_start_at_the_dictionary_that_it_is_to_find():
     for seed in range(5):
         truth, rows = sources.synthetic(10, seed=seed).truth, saelib.SAE(64, 256, "topk", 8, seed=seed).W_dec
         assert (truth @ rows.t()).abs().max() < 0.7  # of 65,536 pairs of random directions in 64 dimensions
+
+
+@pytest.mark.parametrize("fraction, message", [(0.0, "held_out_fraction is 0.0"), (1.0, "held_out_fraction is 1.0")])
+def test_something_is_held_out_and_something_trained_on(fraction, message):
+    with pytest.raises(ValueError, match=f"{message}: it must be above 0 and below 1"):
+        sources.from_tensor(torch.randn(10, 4), held_out_fraction=fraction)
+    assert sources.from_tensor(torch.randn(10, 4), held_out_fraction=0.99).n_tokens == 1
+
+
+@pytest.mark.parametrize("name", ["missing.npy", "damaged.safetensors"])
+def test_a_file_of_activations_that_cannot_be_read_is_one_line_that_names_it(name, tmp_path):
+    if "damaged" in name:
+        (tmp_path / name).write_bytes(b"no array")
+    with pytest.raises(ValueError, match=f"subject is '.*{name}': it must be a readable .npy or .safetensors file") as error:
+        subjects.open_source(str(tmp_path / name), 10)
+    assert "\n" not in str(error.value)
