@@ -53,7 +53,7 @@ def evaluate(sae, x: Tensor | Iterable[Tensor], mean: Tensor | None = None) -> d
     Raises:
         ValueError: no tokens, a wrong shape, or activations that are not finite.
 
-    Paper: §2.2 and §3 (normalized MSE), §2.4 (dead latents)
+    Paper: §2.1 (normalized MSE), §2.4 (dead latents)
     """
     device = sae.W_dec.device
     n_tokens, n_short, active, l1, fired = 0, 0, 0, 0.0, torch.zeros(sae.n_latents, dtype=torch.bool, device=device)

@@ -18,7 +18,7 @@ class Verdict(UserDict):
         css = self["verdict"].replace(" ", "-")
         rows = "".join(f"<dt>{name}</dt><dd>{html.escape(self[key])}</dd>" for name, key in
                        (("Criterion", "criterion"), ("Paper", "paper"), ("Here", "ours")))
-        box = (f'<div class="verdict {css}"><p class="verdict-title"><strong>{self["id"]}: {self["verdict"]}</strong> '
+        box = (f'<div class="verdict {css}"><p class="verdict-title"><strong>{self["id"]}: {self["verdict"]}.</strong> '
                f'{html.escape(self["claim"])}</p><dl>{rows}</dl></div>')
         return {"text/plain": f"{self['id']} {self['verdict']}: {self['ours']}", "text/html": box, VERDICT_MIME: dict(self)}
 
