@@ -57,9 +57,9 @@ class RunConfig:
             require(value is None or isinstance(value, Real) and low <= value <= high, name, value, f"a number from {low:g} to {high:g}")
         require(self.path in PATHS, "path", self.path, f"one of {', '.join(PATHS)}")
         require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
-        for name, value in list(vars(self).items()):  # 4.0 and numpy's 4 become 4, so that a row of a store is found again
-            if isinstance(value, Real):
-                object.__setattr__(self, name, int(value) if is_whole(value) else float(value))
+        for name in (*whole, "sparsity"):  # 4.0 and numpy's 4 become 4, so that a row of a store is found again
+            if is_whole(getattr(self, name)):
+                object.__setattr__(self, name, int(getattr(self, name)))
 
     def resolve(self) -> "RunConfig":
         """The same with every None filled in that training needs: the paper's learning rate; a penalty that rises over

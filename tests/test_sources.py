@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import save_file
 
 import saelib
-from saelib import sources
+from saelib import sources, subjects
 
 
 def test_normalising_removes_the_mean_over_dimensions_and_leaves_unit_norm():
