@@ -26,6 +26,11 @@ def test_predicting_the_mean_has_normalized_mse_one_whatever_the_shift_scale_and
         assert abs(measured["normalized_mse"] - 1) < 1e-4
 
 
+def test_the_mean_that_is_given_is_the_trivial_predictor():
+    x, mean = torch.randn(100, 5) + 3, torch.linspace(-1, 1, 5)
+    assert saelib.evaluate(Fixed(5, lambda b: mean.expand_as(b)), x, mean)["normalized_mse"] == pytest.approx(1, abs=1e-5)
+
+
 def test_half_the_centred_activation_has_normalized_mse_a_quarter():
     x = torch.randn(1000, 5)
     x -= x.mean(0)
@@ -50,6 +55,34 @@ def test_l0_and_dead_latents_are_counted_by_hand():
         sae.W_enc.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]))
     measured = saelib.evaluate(sae, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
     assert measured["l0"] == 1.5 and measured["dead_fraction"] == pytest.approx(1 / 3)
+
+
+def test_l1_is_a_tokens_sum_and_only_fewer_than_k_active_latents_are_short():
+    sae = SAE(2, 3, "topk", 2)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]))
+    measured = saelib.evaluate(sae, torch.tensor([[1.0, 1.0], [2.0, 1.0], [1.0, -2.0], [3.0, 1.0]]))  # latents (1, 1, 0), (2, 1, 0), (1, 0, 1), (3, 1, 0)
+    assert measured["l1"] == 11 / 4 and measured["short_fraction"] == 0
+    measured = saelib.evaluate(sae, torch.tensor([[1.0, 1.0], [2.0, 1.0], [1.0, -0.5], [3.0, 1.0]]))  # the third is (1, 0, 0)
+    assert measured["l1"] == 10 / 4 and measured["short_fraction"] == 0.25
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_method_is_judged_as_after_training_and_keeps_its_mode(training):
+    sae, x = SAE(6, 20, "batchtopk", 3), torch.randn(50, 6)
+    sae.run(x)
+    sae.train(training)
+    before = copy.deepcopy(sae.state_dict())
+    saelib.evaluate(sae, 2 * x)
+    assert sae.training == sae.method.training == training and sae.method.n_cuts == 1
+    assert torch.equal(sae.method.threshold, before["method.threshold"])
+
+
+def test_recovery_counts_pairs_over_rows_and_over_features_and_an_opposite_row_is_no_match():
+    rows = torch.tensor([[1.0, 0.0, 0.0], [0.28, 0.96, 0.0], [0.0, 0.0, -1.0], [-1.0, 0.0, 0.0], [0.6, 0.0, 0.8]])
+    found = saelib.metrics.recovery(rows, torch.eye(3))  # cosines of the matched pairs: 1, 0.96 and 0.8
+    assert found == {"mean_max_cosine": pytest.approx(2.76 / 3), "precision": 2 / 5, "recall": 2 / 3}
+    assert saelib.metrics.recovery(rows[2:3], torch.eye(3))["recall"] == 0
 
 
 def test_evaluating_changes_nothing():
