@@ -86,6 +86,29 @@ def test_the_cache_is_keyed_by_layer_text_and_weights(tiny, text, tmp_path):
     assert all({"subject", "text", "split", "n_tokens", "layer", "context", "normalisation", "dtype", "code"} == set(k) for k in keys)
 
 
+def test_another_word_of_equal_length_is_another_text_in_the_cache(tiny, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(subjects, "HELD_OUT_TOKENS", 64)
+    before = subjects.open_source(tiny["gpt"], 500, text=text).shards[0].float()
+    for path in (tmp_path / "text").iterdir():
+        path.write_text(path.read_text().replace("fox", "dog"))
+    after = subjects.open_source(tiny["gpt"], 500, text=text).shards[0].float()
+    assert len(list((tmp_path / "cache").glob("*-train-*"))) == 2 and not (before.shape == after.shape and torch.equal(before, after))
+
+
+def test_a_tenth_is_held_out_and_sixteen_thousand_tokens_at_least(tiny, text, monkeypatch):
+    monkeypatch.setattr(subjects, "activations", lambda subject, text, split, n, layer, device: iter([torch.randn(n, 16)]))
+    assert [len(subjects.open_source(tiny["gpt"], n, text=text).held_out) for n in (500, 200_000)] == [16_384, 20_000]
+
+
+def test_windows_are_drawn_from_all_over_a_text_four_times_as_long(tiny):
+    _, tokenizer = subjects.load(tiny["gpt"])
+    read = []
+    documents = (read.append(i) or chr(97 + i // 4) * 63 for i in range(1000))  # with the end of a text a window each
+    letters = [tokenizer.decode(ids[1:2]) for ids in subjects.windows(documents, tokenizer, 20)]
+    assert len(read) == 80 and len(letters) == 20
+    assert letters != sorted(letters) and min(letters) < "e" and max(letters) > "p"
+
+
 @pytest.mark.parametrize("n_files, blocks", [(1, 400), (5, 100), (1, 1)])
 def test_a_tenth_of_any_local_text_is_held_out(tmp_path, n_files, blocks):
     for i in range(n_files):
@@ -134,6 +157,24 @@ def test_a_subject_without_a_text_is_refused(tiny):
 def test_held_out_documents_are_never_trained_on(text):
     train, held_out = (set(list(texts.documents(text, split))[:400]) for split in ("train", "test"))
     assert held_out and train and not held_out & train
+
+
+def test_one_name_in_ten_is_held_out():
+    n = sum(texts.is_held_out(f"file {i}.py") for i in range(10_000))
+    assert abs(n - 1000) < 3 * (10_000 * 0.1 * 0.9) ** 0.5
+
+
+def test_files_are_read_in_an_order_of_their_own_that_is_the_same_in_every_run():
+    order = texts.shuffled(list(range(100)))
+    assert order == texts.shuffled(list(range(100))) and sorted(order) == list(range(100)) and order != sorted(order)
+    assert next(texts.python_text("train")) != texts.stdlib_files("train")[0].read_text("utf8", errors="replace")
+
+
+def test_english_text_has_the_docstrings_of_modules_classes_and_functions(tmp_path, monkeypatch):
+    (tmp_path / "m.py").write_text('"""Of a module."""\nclass A:\n    """Of a class."""\n    async def f(self):\n        """Of a coroutine."""\ndef g():\n    """Of a function."""\n')
+    monkeypatch.setattr(texts, "stdlib_files", lambda split: [tmp_path / "m.py"])
+    *_, last = texts.english_text("train")
+    assert set(last.split("\n\n")) == {"Of a module.", "Of a class.", "Of a function.", "Of a coroutine."}
 
 
 def test_held_out_files_are_about_a_tenth_and_test_suites_are_no_library():
