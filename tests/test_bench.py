@@ -1,6 +1,9 @@
 """The benchmark at tiny sizes: everyone runs, on the same work, and the rows say what they promise. Nothing is asserted of times."""
 import importlib.util
 import json
+import os
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +89,36 @@ def test_a_ratio_is_the_median_over_rounds_and_not_the_ratio_of_medians():
     assert timing.quartiles([2e-3], 1e3) == {"median": 2, "q1": 2, "q3": 2}
 
 
+def test_times_are_in_milliseconds():
+    makers = {("floor", "f"): lambda: contestants.Floor(lambda x: time.sleep(0.02))}
+    row, = timing.compare(makers, [torch.zeros(2, 2)], ("floor", "f"), 0.0, "t")
+    assert 20 <= row["ms"]["median"] < 1000
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux keeps a process's peak")
+def test_the_peak_of_memory_is_in_bytes():
+    timing.forget_peak()
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    assert timing.peak_resident() == pytest.approx(resident, rel=0.01)
+
+
+def test_committed_rows_are_those_of_one_table_and_device_that_did_not_fail(monkeypatch, tmp_path):
+    rows = [{"table": table, "setting": {"device": device}, "name": name} | failed for table in ("steps", "few") for device in ("cpu", "cuda")
+            for name, failed in (("good", {}), ("bad", {"failed": "no memory left"}))]
+    (tmp_path / "speed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(speed_rows, "RESULTS", tmp_path / "speed.jsonl")
+    assert speed_rows.committed("steps") == [rows[0]] and speed_rows.committed("steps", device="cuda") == [rows[2]]
+
+
+def test_the_floor_of_adam_moves_every_weight(monkeypatch):
+    sae = TINY.start("topk")
+    before = [parameter.detach().clone() for parameter in sae.parameters()]
+    monkeypatch.setattr(Setting, "start", lambda setting, case: sae)
+    contestants.fused_adam(TINY)(torch.empty(0))
+    for old, new in zip(before, sae.parameters()):  # Adam's first step is the learning rate against the gradient's sign
+        torch.testing.assert_close(new.detach(), old - contestants.LR, rtol=0, atol=1e-6)
+
+
 def test_a_contestant_that_cannot_run_leaves_a_row_that_says_why():
     def broken():
         raise RuntimeError("no memory left")
@@ -103,11 +136,12 @@ def test_the_predictions_of_the_two_floors_are_their_own_times(small):
         assert ("predicted_ms" in row) == (row["case"] == "part")
 
 
-def test_the_count_of_operations_is_that_of_the_paper():
+def test_the_count_of_operations_is_that_of_the_paper(small):
     counted = parts.parts(TINY)
     assert counted["encoder product"].operations == 2 * 64 * 32 * 320
     assert counted["decode"].operations == 2 * 64 * 4 * 32 and counted["Adam"].bytes == 28 * 2 * 320 * 32
     assert counted["group by latent"].bytes == 4 * (2 + 8) * 64 * 4  # two passes over 2-byte keys
+    assert parts.large_copy("cpu").bytes == 2 * 4 * parts.COPY_FLOATS  # read and written
 
 
 def test_memory_is_measured_in_a_process_of_its_own(small, monkeypatch):
