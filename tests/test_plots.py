@@ -18,6 +18,27 @@ def test_a_figure_has_no_date_and_lists_its_numbers():
     assert bundle["text/plain"].splitlines() == ["TopK, x 8: 0.3 0.31 0.29", "TopK, x 32: 0.1 0.11 0.1"]
 
 
+@pytest.mark.parametrize("log, centre", [(True, 0.2), (False, 0.7 / 3)])
+def test_the_line_is_the_geometric_mean_on_a_logarithmic_axis_and_the_band_goes_from_least_to_greatest(log, centre):
+    axes = plots.versus({"a": [(1, [0.1, 0.2, 0.4]), (2, [0.1, 0.2, 0.4])]}, "x", "y", logy=log).axes[0]
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([centre, centre])
+    corners = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (corners.min(), corners.max()) == (0.1, 0.4)
+
+
+def run_of(method, sparsity, seed, l0, mse):
+    config = {"subject": "pygpt", "method": method, "sparsity": sparsity, "n_latents": 64, "seed": seed, "n_tokens": 1000}
+    return {"config": config, "metrics": {"l0": l0, "normalized_mse": mse}, "provenance": {"hardware": "a toy"}}
+
+
+def test_a_frontier_draws_error_over_the_mean_l0_of_the_seeds_in_the_methods_own_colour():
+    picture = plots.frontier([run_of("topk", k, seed, k + 2 * seed, 1 / k) for k in (8, 16) for seed in (0, 1)])
+    line = picture.axes[0].lines[0]
+    assert list(line.get_xdata()) == [9, 17] and list(line.get_ydata()) == pytest.approx([1 / 8, 1 / 16])
+    assert line.get_color() == "#0072B2"
+    assert picture.get_supxlabel() == "2 seeds, 1,000 training tokens each, a toy"
+
+
 def test_every_method_of_the_paper_keeps_a_colour_of_its_own():
     assert len({color for color, _ in plots.LOOK.values()}) == len({marker for _, marker in plots.LOOK.values()}) == len(plots.LOOK)
 
