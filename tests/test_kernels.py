@@ -150,6 +150,21 @@ def test_bf16_selection_returns_exact_values_of_nearly_the_right_latents():
     assert (chosen & exact).sum() / exact.sum() > 0.999
 
 
+def test_bf16_selection_counts_the_bias_in_what_it_chooses_and_returns():
+    generator = torch.Generator().manual_seed(0)
+    x, W_enc, b_enc = (torch.randn(*size, generator=generator) for size in ((50, 16), (256, 16), (256,)))
+    values, _ = kernels.select(x, W_enc, 20 * b_enc, 8, "bf16")
+    torch.testing.assert_close(values.sort(1).values, (x @ W_enc.t() + 20 * b_enc).topk(8, dim=1).values.flip(1), rtol=1e-4, atol=1e-4)
+
+
+def test_only_latents_with_a_positive_value_have_fired():
+    sae, x = make(4, 6, 6), torch.randn(5, 4)
+    with torch.no_grad():
+        sae.b_enc[:3] = -100.0
+    out = sae.run(x)
+    assert out.active.indices.unique().numel() == 6 and torch.equal(out.fired(), (sae.encode(x) > 0).any(0)) and not out.fired()[:3].any()
+
+
 def test_gradients_agree_with_finite_differences():
     sae = make(3, 6, 2).double()
     x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
