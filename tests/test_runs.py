@@ -4,14 +4,17 @@ import subprocess
 import sys
 import threading
 from dataclasses import asdict, replace
+from functools import partial
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 
 import saelib
-from saelib import methods, origin, profiles, runs, sources, sweeps, train
+from saelib import methods, origin, profiles, runs, sources, subjects, sweeps, train
 from saelib.runs import RunConfig
+from saelib.sae import SAE, geometric_median
 
 
 def config(**changes):
@@ -40,6 +43,36 @@ def test_a_planted_dictionary_is_found():
     assert best.mean() > 0.95
 
 
+def test_a_run_is_training_from_its_seed_with_each_of_its_settings():
+    source = sources.from_tensor(torch.randn(1000, 8, generator=torch.Generator().manual_seed(0)))
+    settings = {"penalty_warmup": 0.7, "auxk_coef": 0.25, "dead_after": 2, "ema_decay": 0.9}
+
+    def trained(**settings):
+        sae = SAE(8, 64, "relu", 0.3, seed=3)
+        sae.b_pre.data = geometric_median(next(source.batches(900, 1, 3)))
+        history = train.train(sae, lambda step: source.batches(2, 10, 3, step), 10, lr=1e-2, **settings)
+        return history, sae.W_enc.tolist()
+
+    asked = config(method="relu", sparsity=0.3, n_tokens=20, batch_size=2, lr=1e-2, seed=3, **settings)
+    fit, expected = runs.fit_source(source, asked, "cpu"), trained(**settings)
+    assert (fit.history, fit.sae.W_enc.tolist()) == expected
+    for name in settings:
+        assert trained(**{other: value for other, value in settings.items() if other != name}) != expected, name
+
+
+def test_an_sae_is_judged_by_held_out_activations_and_the_mean_of_those_it_saw():
+    source = sources.Source("t", [torch.randn(500, 8)], torch.randn(100, 8) + 1)
+    sae, measured, _ = runs.fit_source(source, config(n_latents=16, n_tokens=500, lr=1e-2), "cpu")
+    error, spread = source.held_out - sae(source.held_out).detach(), source.held_out - source.shards[0].mean(0)
+    assert measured["normalized_mse"] == pytest.approx(float(error.square().sum() / spread.square().sum()), rel=1e-4)
+
+
+def test_b_pre_starts_at_the_geometric_median_of_what_is_trained_on():
+    x = torch.cat([torch.randn(180, 4), torch.randn(20, 4) + 50])
+    b_pre = runs.fit_source(sources.Source("t", [x], torch.randn(50, 4) + 3), config(n_latents=8, lr=0.0), "cpu").sae.b_pre.detach()
+    torch.testing.assert_close(torch.nn.functional.normalize(x - b_pre).mean(0), torch.zeros(4), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"n_latents": 0}, "n_latents is 0: it must be a whole number, 1 or more"), ({"n_tokens": 0}, "n_tokens is 0"), ({"batch_size": 0}, "batch_size is 0"),
     ({"sparsity": 100}, "sparsity is 100: k must be a whole number from 1 to n_latents = 64"), ({"sparsity": 0}, "sparsity is 0"),
@@ -60,8 +93,9 @@ def test_the_batch_is_never_larger_than_the_run():
 
 
 def test_a_row_says_what_was_asked_measured_and_where(tmp_path):
-    row = saelib.run(config())
+    row = saelib.run(config(), "cpu")
     assert row["config"]["sparsity"] == 4 and row["metrics"]["l0"] <= 4
+    assert [(row["config"][name], row["provenance"][name]) for name in ("path", "precision")] == [("auto", "sparse"), ("auto", "fp32")]
     assert {"saelib", "torch", "python", "hardware", "commit", "code", "inputs", "precision", "path"} == set(row["provenance"])
     assert json.loads(json.dumps(row)) == row
 
@@ -171,6 +205,18 @@ def test_a_sweep_that_is_killed_within_a_member_goes_on_from_its_checkpoint(tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+def test_members_that_are_killed_leave_a_checkpoint_each(tmp_path, monkeypatch):
+    def killed(bar, n):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(sweeps.tqdm, "update", killed)
+    for seed in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            saelib.sweep([config(seed=seed)], tmp_path / "rows.jsonl", progress=False)
+    assert len(list((tmp_path / "rows.checkpoints").iterdir())) == 2
+
+
 def test_zero_is_a_value_and_a_whole_number_is_one_however_it_is_written():
     assert config(lr=0.0).resolve().lr == 0 and json.dumps(asdict(config(sparsity=4.0))) == json.dumps(asdict(config()))
 
@@ -227,6 +273,32 @@ def test_progress_counts_as_many_tokens_as_were_asked_for():
     seen = []
     runs.fit_source(sources.from_tensor(torch.randn(100, 4)), config(n_latents=8, sparsity=2, n_tokens=250, batch_size=60), on_tokens=seen.append)
     assert seen == [60, 60, 60, 60, 10]
+
+
+def test_a_run_that_was_resumed_is_as_fast_as_the_part_that_was_timed(tmp_path, monkeypatch):
+    done = []
+
+    def stop_once(n):
+        done.append(n)
+        if len(done) == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: len(done)))  # a step takes a second
+    resume = partial(runs.fit_source, sources.from_tensor(torch.randn(100, 8)), config(), "cpu", stop_once, tmp_path / "c.pt")
+    with pytest.raises(KeyboardInterrupt):
+        resume()
+    measured = resume().metrics
+    assert (measured["seconds"], measured["tokens_per_second"], len(done)) == (10, 200, 10)
+
+
+def test_runs_share_a_source_only_where_they_read_the_same(monkeypatch):
+    opened = []
+    monkeypatch.setattr(runs, "_SOURCES", {})
+    monkeypatch.setattr(subjects, "open_source", lambda _, n, *, text, layer, device: opened.append((n, text, layer)) or sources.synthetic(10))
+    asked = [config(**changes) for changes in ({}, {"source_tokens": 500}, {"text": "english"}, {"layer": 1}, {"layer": 1, "seed": 1})]
+    found = [runs.open_source(one) for one in asked]
+    assert opened == [(2000, None, None), (500, None, None), (2000, "english", None), (2000, None, 1)] and found[3] is found[4]
 
 
 def test_an_unknown_profile_or_setting_is_refused():
