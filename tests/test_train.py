@@ -7,7 +7,7 @@ import saelib
 from saelib import auxk, sources
 from saelib.auxk import auxk_term, default_k_aux
 from saelib.sae import SAE
-from saelib.train import Loop, paper_lr, train
+from saelib.train import Loop, paper_lr, schedule, train
 
 X = sources.normalise(torch.randn(2000, 16, generator=torch.Generator().manual_seed(0)))
 
@@ -16,8 +16,8 @@ def batches_of(x, n_steps, size=100):
     return lambda start: (x[torch.arange(i * size, (i + 1) * size) % len(x)] for i in range(start, n_steps))
 
 
-def short(seed=0, n_steps=30, **options):
-    sae = SAE(16, 40, "topk", 4, seed=seed)
+def short(seed=0, n_steps=30, n_latents=40, **options):
+    sae = SAE(16, n_latents, "topk", 4, seed=seed)
     return sae, train(sae, batches_of(X, n_steps), n_steps, lr=1e-3, **options)
 
 
@@ -74,6 +74,18 @@ def test_gradients_are_clipped_to_norm_1_and_shorter_ones_left_as_they_are(monke
         torch.testing.assert_close(parameter.grad, grad)
 
 
+def test_adam_has_the_betas_and_the_epsilon_of_the_paper():
+    """A step is lr m / (√v + eps), with both moments corrected: here for a gradient g, and then for one of 0."""
+    loop, g = Loop(SAE(2, 4, "topk", 1), 1e-3, 1, 0.0, 1, 0.0), torch.tensor([6.25e-10, 0.5])
+    for gradient, m, v in ((g, 1, 1), (0 * g, 0.9 * 0.1 / (1 - 0.9**2), 0.999 * 0.001 / (1 - 0.999**2))):
+        before = loop.sae.b_pre.detach().clone()
+        for parameter in loop.sae.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        loop.sae.b_pre.grad = gradient
+        loop.update()
+        torch.testing.assert_close((before - loop.sae.b_pre) / 1e-3, m * g / (v**0.5 * g + 6.25e-10), atol=0, rtol=1e-4)
+
+
 def test_a_checkpoint_of_another_device_leaves_the_optimiser_as_this_one_needs_it():
     loops = [Loop(SAE(16, 40, "topk", 4), 1e-3, 1000, 0.0, 8, 0.0) for _ in range(2)]
     loops[0].one(X[:50], 1.0, 1.0, "sparse", "fp32", log=True)
@@ -86,7 +98,8 @@ def test_a_checkpoint_of_another_device_leaves_the_optimiser_as_this_one_needs_i
     assert torch.equal(loops[0].sae.W_dec, loops[1].sae.W_dec)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"n_latents": 400, "dead_after": 200, "auxk_coef": 1 / 4}, {"ema_decay": 0.9}])
+def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch, options):
     monkeypatch.setattr(saelib.train, "CHECKPOINT_SECONDS", 0)
 
     def stop(step):
@@ -94,10 +107,11 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        short(checkpoint=tmp_path / "c.pt", on_step=stop)
-    resumed, history = short(checkpoint=tmp_path / "c.pt")
-    straight, expected = short()
-    assert history == expected and torch.equal(resumed.W_dec, straight.W_dec)
+        short(checkpoint=tmp_path / "c.pt", on_step=stop, **options)
+    resumed, history = short(checkpoint=tmp_path / "c.pt", **options)
+    straight, expected = short(**options)
+    assert history == expected and all(map(torch.equal, resumed.parameters(), straight.parameters()))
+    assert ("dead_after" in options) == any(row["auxk"] > 0 for row in history)
     assert not list(tmp_path.iterdir())
 
 
@@ -132,6 +146,23 @@ def test_the_log_counts_the_tokens_of_a_shorter_last_batch():
     parts = [X[:100], X[100:200], X[200:237]]
     history = train(SAE(16, 40, "topk", 4), lambda start: iter(parts[start:]), 3)
     assert [row["tokens"] for row in history] == [100, 200, 237]
+
+
+def test_the_last_step_leaves_a_row_whatever_their_number(monkeypatch):
+    monkeypatch.setattr(saelib.train, "LOG_POINTS", 3)
+    assert [row["step"] for row in short(n_steps=8)[1]] == [2, 4, 6, 8] and [row["step"] for row in short(n_steps=7)[1]] == [2, 4, 6, 7]
+
+
+def test_the_log_counts_as_dead_what_was_silent_for_more_than_dead_after_tokens():
+    sae = SAE(16, 40, "topk", 1)
+    history = train(sae, lambda start: iter([X[:20]] * 5), 5, lr=0.0, dead_after=60)
+    silent = (sae.encode(X[:20]) == 0).all(0).float().mean().item()
+    assert [row["dead_fraction"] for row in history] == [0, 0, 0, silent, silent] and silent > 0
+
+
+def test_the_penalty_rises_over_its_warmup_and_then_stays():
+    history = train(SAE(16, 40, "relu", 0.1), lambda start: iter([X[:20]] * 10), 10, lr=0.0, penalty_warmup=0.5)
+    assert [row["l1"] / history[-1]["l1"] for row in history] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1])
 
 
 @pytest.mark.parametrize("changes, message", [({"lr": 2e-3}, "of a run with lr 0.001"), ({"n_steps": 40}, "of a run with n_steps 30")])
@@ -204,6 +235,20 @@ def test_dead_is_counted_in_tokens_since_a_latent_fired():
 
 def test_the_learning_rate_falls_as_one_over_the_root_of_n():
     assert paper_lr(2**14) == 2e-4 and paper_lr(2**12) == pytest.approx(4e-4)
+
+
+@pytest.mark.parametrize("step, wanted", [(0, 0.2), (3, 0.8), (4, 1), (50, 1), (80, 1), (90, 0.5), (99, 0.05)])
+def test_the_learning_rate_rises_over_a_twentieth_of_the_steps_and_falls_over_the_last_fifth(step, wanted):
+    assert schedule(step, 100) == pytest.approx(wanted)
+
+
+def test_left_alone_the_learning_rate_follows_the_latents_and_k_aux_the_dimensions():
+    found = []
+    for options in ({}, {"lr": 2e-4 * 8, "k_aux": 8}):
+        sae = SAE(16, 256, "topk", 1)
+        train(sae, batches_of(X, 5), 5, dead_after=50, **options)
+        found.append(sae.W_enc)
+    assert torch.equal(*found)
 
 
 def test_k_aux_is_a_power_of_two_about_half_of_d():
