@@ -21,6 +21,11 @@ def test_an_epoch_shows_every_token_once_in_an_order_of_its_own():
     assert sorted(first) == sorted(second) == list(range(30)) and first != second
 
 
+def test_each_epoch_of_each_seed_has_an_order_that_no_other_has():
+    source = sources.Source("t", [torch.arange(30.0)[:, None]], torch.zeros(1, 1))
+    assert len({tuple(epoch.flatten().tolist()) for seed in range(4) for epoch in source.batches(30, 4, seed)}) == 16
+
+
 def test_a_batch_across_two_epochs_is_full_and_a_run_can_start_anywhere():
     source = sources.Source("t", [torch.arange(7.0)[:, None]], torch.zeros(1, 1))
     batches = list(source.batches(4, 7, seed=3))
@@ -37,6 +42,14 @@ def test_your_own_activations_are_split_at_the_end():
     x = torch.randn(100, 4)
     source = sources.from_tensor(x)
     assert torch.equal(torch.cat([*source.shards, source.held_out]), x) and len(source.held_out) == 10
+
+
+def test_no_activation_is_both_trained_on_and_held_out(tmp_path):
+    x = torch.randn(200, 6)
+    numpy.save(tmp_path / "x.npy", x.numpy())
+    for source in (sources.synthetic(200), sources.from_tensor(x), sources.from_file(tmp_path / "x.npy", 200)):
+        trained, held_out = (set(map(tuple, part.tolist())) for part in (torch.cat(source.shards), source.held_out))
+        assert not trained & held_out
 
 
 @pytest.mark.parametrize("bad, message", [
@@ -88,6 +101,20 @@ def test_synthetic_activations_are_made_of_their_dictionary():
     assert torch.linalg.matrix_rank(source.shards[0]) == 31  # the direction of all ones is gone
 
 
+def test_features_are_as_frequent_and_as_strong_as_the_formula_says():
+    source = sources.synthetic(4000, d_model=32, n_features=16, l0=2, exponent=1.0, noise=0.0)
+    coefs = torch.linalg.lstsq(source.truth.t(), source.shards[0].t()).solution.t()
+    on, weight = coefs > 1e-3, 1 / torch.arange(1, 17)
+    torch.testing.assert_close(on.float().mean(0), 2 * weight / weight.sum(), atol=0.03, rtol=0)
+    weakest, strongest = coefs.where(on, torch.inf).amin(1), coefs.amax(1)
+    assert (weakest / strongest)[on.any(1)].min() == pytest.approx(0.5 / 1.5, abs=0.03)
+
+
+@pytest.mark.parametrize("noise, rank", [(0.0, 8), (0.01, 31)])
+def test_noise_alone_leaves_the_span_of_the_features(noise, rank):
+    assert torch.linalg.matrix_rank(sources.synthetic(200, d_model=32, n_features=8, l0=3, noise=noise).shards[0]) == rank
+
+
 @pytest.mark.parametrize("n_batches", [0, 1, 5])
 def test_batches_gathered_ahead_are_the_same_in_the_same_order(n_batches):
     x = torch.randn(5, 3, 2)[:n_batches]
@@ -110,6 +137,7 @@ def test_a_file_of_activations_is_a_subject(tmp_path, suffix):
     source = saelib.open_source(str(path), 150)
     torch.testing.assert_close(torch.cat([*source.shards, source.held_out[:0]]), sources.normalise(x)[:150])
     torch.testing.assert_close(source.held_out, sources.normalise(x)[180:])
+    assert source.normalisation == "unit_norm"
 
 
 def test_an_sae_does_not_start_at_the_dictionary_that_it_is_to_find():
