@@ -66,6 +66,11 @@ def test_the_geometric_median_resists_an_outlier_that_moves_the_mean():
     assert geometric_median(x).norm() < 0.1 < x.mean(0).norm()
 
 
+def test_the_unit_vectors_from_the_geometric_median_to_the_rows_sum_to_zero():
+    x = torch.randn(101, 3, generator=torch.Generator().manual_seed(0)).exp()
+    torch.testing.assert_close(torch.nn.functional.normalize(x - geometric_median(x)).mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("d, n, dtype, rule", [(50, 64, torch.float32, "d_model is 50: it must be a multiple of 32"),
                                                (64, 50, torch.float32, "n_latents is 50: it must be a multiple of 32"),
                                                (64, 64, torch.float64, "x.dtype is torch.float64: it must be torch.float32, on the CPU")])
