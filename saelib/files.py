@@ -3,28 +3,41 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from pickle import UnpicklingError
 
+import numpy
 from safetensors import SafetensorError
+
+from saelib.checks import require
 
 DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, UnpicklingError, EOFError, OSError, KeyError, TypeError, AttributeError, RuntimeError)
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` write a file beside its place, and move it there once it is whole. What was there before stays until then."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+def write_whole(files: dict[Path, Callable[[Path], object]]) -> None:
+    """Let each function write its file beside its place, and move them there once all are whole. What was there before stays until then."""
+    partials = {path: path.with_name(f"{path.name}.{os.getpid()}.partial") for path in files}
     try:
-        write(partial)
-        partial.replace(path)
+        for path, write in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(partials[path])
+        for path, partial in partials.items():
+            partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
 
 
-def write_json(path: Path, about: dict) -> None:
-    """The same for what is JSON-able."""
-    write_whole(path, lambda partial: partial.write_text(json.dumps(about, indent=1) + "\n"))
+def json_of(about: dict) -> Callable[[Path], object]:
+    """What writes a dict. Raise ValueError, here and now, if it holds what JSON can't."""
+    text = json.dumps(about, indent=1, default=plain) + "\n"
+    return lambda partial: partial.write_text(text)
+
+
+def plain(value) -> object:
+    """What JSON has for a number of numpy's, or for a path."""
+    require(isinstance(value, (numpy.generic, PurePath)), "value", value, "text, a number, a list or a dict")
+    return value.item() if isinstance(value, numpy.generic) else str(value)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saelib.checks import require
-from saelib.files import reading, write_json, write_whole
+from saelib.files import json_of, reading, write_whole
 from saelib.sae import SAE
 from saelib.sources import UNIT_NORM
 
@@ -66,8 +66,7 @@ def write_saelens(sae: SAE, folder: Path, **metadata) -> None:
     if kinds[key] == "jumprelu":
         tensors["threshold"] = sae.method.learnt().detach().float().cpu().expand(sae.n_latents).contiguous()
         about["metadata"]["k"] = sae.method.k
-    write_whole(folder / "sae_weights.safetensors", lambda partial: save_file(tensors, partial))
-    write_json(folder / "cfg.json", about)
+    write_whole({folder / "sae_weights.safetensors": lambda partial: save_file(tensors, partial), folder / "cfg.json": json_of(about)})
 
 
 def read_saelens(folder: Path) -> SAE:
@@ -105,10 +104,10 @@ def write_sparsify(sae: SAE, folder: Path) -> None:
     require(not (folder / "sae.json").exists(), "folder", str(folder), "another one than that of `SAE.save`, whose weights have the same name in the format 'sparsify'")
     W_enc, b_enc, W_dec, b_pre = weights(sae)
     tensors = {"encoder.weight": W_enc, "encoder.bias": b_enc, "W_dec": W_dec, "b_dec": b_pre}
-    write_whole(folder / "sae.safetensors", lambda partial: save_file(tensors, partial))
-    write_json(folder / "cfg.json", {"activation": "topk", "num_latents": sae.n_latents, "k": sae.method.k, "d_in": sae.d_model,
-                                   "normalize_decoder": True, "multi_topk": False, "skip_connection": False, "transcode": False,
-                                   "method": sae.method.key, "normalisation": sae.normalisation})  # its own multi_topk would decode 4k latents
+    about = {"activation": "topk", "num_latents": sae.n_latents, "k": sae.method.k, "d_in": sae.d_model,
+             "normalize_decoder": True, "multi_topk": False, "skip_connection": False, "transcode": False,
+             "method": sae.method.key, "normalisation": sae.normalisation}  # its own multi_topk would decode 4k latents
+    write_whole({folder / "sae.safetensors": lambda partial: save_file(tensors, partial), folder / "cfg.json": json_of(about)})
 
 
 def read_sparsify(folder: Path) -> SAE:
@@ -132,8 +131,8 @@ def write_dictionary_learning(sae: SAE, folder: Path) -> None:
         trainer["k"] = sae.method.k
     else:
         tensors["bias"] = b_pre
-    write_whole(folder / "ae.pt", lambda partial: torch.save(tensors, partial))
-    write_json(folder / "config.json", {"trainer": trainer, "normalisation": sae.normalisation})
+    about = {"trainer": trainer, "normalisation": sae.normalisation}
+    write_whole({folder / "ae.pt": lambda partial: torch.save(tensors, partial), folder / "config.json": json_of(about)})
 
 
 def read_dictionary_learning(folder: Path) -> SAE:
@@ -157,7 +156,7 @@ def write_openai(sae: SAE, folder: Path) -> None:
              "latents_mean_square": torch.zeros(sae.n_latents), "activation": "TopK" if is_topk else "ReLU"}
     if is_topk:
         state["activation_state_dict"] = {"k": sae.method.k, "postact_fn": "ReLU"}
-    write_whole(folder / "autoencoder.pt", lambda partial: torch.save(state, partial))
+    write_whole({folder / "autoencoder.pt": lambda partial: torch.save(state, partial)})
 
 
 def read_openai(folder: Path) -> SAE:

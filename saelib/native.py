@@ -1,7 +1,7 @@
 """Parts of a step that are faster in C++ than in stock operations, compiled for this CPU the first time that they are asked for.
 
 With `path="native"` TopK's choice reads a row of pre-activations about once and its gradients go latent by latent, and ReLU's products skip the
-latents that are zero. It needs a CPU with AVX-512, g++ and ninja, and half a minute once. `path="sparse"` computes the same without.
+latents that are zero. It needs a CPU with AVX-512, a C++ compiler and ninja, and half a minute once. `path="sparse"` computes the same without.
 """
 import hashlib
 import importlib.util
@@ -10,6 +10,7 @@ import shutil
 import sys
 import sysconfig
 import threading
+from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,21 +42,29 @@ def build() -> ModuleType | str:
     name = hashlib.sha256(b"".join(map(Path.read_bytes, SOURCES)) + " ".join([torch.__version__, sys.version, *flags]).encode()).hexdigest()[:12]
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])  # where pip puts ninja
     module = f"saelib_native_{name}"
-    kept = cache_folder() / f"{module}.so"
     try:
-        if not kept.exists():
-            from torch.utils import cpp_extension
-            with TemporaryDirectory() as folder:
-                cpp_extension.load(module, [str(path) for path in SOURCES if path.suffix == ".cpp"], extra_cflags=flags, extra_ldflags=["-fopenmp"],
-                                   build_directory=folder, is_python_module=False)
-                write_whole(kept, lambda partial: shutil.copy(Path(folder) / kept.name, partial))
-        spec = importlib.util.spec_from_file_location(module, kept)
-        operators = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(operators)
-        return operators
+        kept = cache_folder() / f"{module}.so"
+        if kept.exists():
+            return load(module, kept)
+        from torch.utils import cpp_extension
+        with TemporaryDirectory() as folder:
+            cpp_extension.load(module, [str(path) for path in SOURCES if path.suffix == ".cpp"], extra_cflags=flags, extra_ldflags=["-fopenmp"],
+                               build_directory=folder, is_python_module=False)
+            made = Path(folder) / kept.name
+            with suppress(OSError):  # where nothing can be kept, each process compiles anew
+                write_whole({kept: lambda partial: shutil.copy(made, partial)})
+            return load(module, made)
     except (RuntimeError, OSError, ImportError) as error:
         lines = str(error).splitlines()
-        return next((line for line in lines if " error: " in line), lines[0])
+        return next((line for line in lines if " error: " in line or "not found" in line), lines[0])
+
+
+def load(module: str, path: Path) -> ModuleType:
+    """The operators in a file that was compiled."""
+    spec = importlib.util.spec_from_file_location(module, path)
+    operators = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(operators)
+    return operators
 
 
 def compiled() -> ModuleType:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from saelib import dense, kernels, methods, native, pairs
 from saelib.checks import require
-from saelib.files import reading, write_json, write_whole
+from saelib.files import json_of, reading, write_whole
 
 FORMAT = "saelib-1"
 PAIRS = {"sparse": pairs.Active, "native": native.Active, "dense": pairs.Active}  # what each path computes with; the dense one does in AuxK alone
@@ -82,17 +82,20 @@ class SAE(nn.Module):
             raise ValueError(f"x has shape {list(x.shape)}: it must be [batch, d_model = {self.d_model}]")
 
     def pre_acts(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch n_latents"]:
-        """W_enc (x - b_pre) + b_enc, with b_pre folded into the bias: its gradient then costs a vector, not a matrix."""
-        return F.linear(x, self.W_enc, self.b_enc - self.W_enc @ self.b_pre)
+        """W_enc (x - b_pre) + b_enc. What b_pre subtracts is a constant here, and its gradient goes by way of the bias, where it
+        costs a vector, not a matrix."""
+        constant = self.b_pre.detach()
+        return F.linear(x - constant, self.W_enc, self.b_enc - self.W_enc @ (self.b_pre - constant))
 
-    def encode(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch n_latents"]:
+    def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_latents"]:
         """The latents z of activations x, dense, with exact zeros. Paper: §2.2, Eq. (1)"""
-        self.check(x)
-        return self.method(self.pre_acts(x.to(self.W_enc.dtype)))  # Eq. (1)
+        tokens = x.reshape(-1, x.shape[-1])
+        self.check(tokens)
+        return self.method(self.pre_acts(tokens.to(self.W_enc.dtype))).view(*x.shape[:-1], self.n_latents)  # Eq. (1)
 
-    def decode(self, latents: Float[Tensor, "batch n_latents"]) -> Float[Tensor, "batch d_model"]:
+    def decode(self, latents: Float[Tensor, "*batch n_latents"]) -> Float[Tensor, "*batch d_model"]:
         """The reconstruction x_hat of dense latents. Paper: §2.2, Eq. (1)"""
-        return torch.addmm(self.b_pre, latents, self.W_dec)  # Eq. (1)
+        return latents @ self.W_dec + self.b_pre  # Eq. (1); under autocast the sum stays in the type of b_pre
 
     def run(self, x: Float[Tensor, "batch d_model"], path: str = "sparse", precision: str = "fp32",
             scratch: dense.Scratch | None = None, copies: dict[str, Tensor] | None = None) -> Output:
@@ -131,9 +134,9 @@ class SAE(nn.Module):
             latents = self.encode(x)
             return Output(self.decode(latents), latents, None)
 
-    def forward(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_model"]:
-        """The reconstruction x_hat of activations x, in their type."""
-        return self.run(x).x_hat.to(x.dtype)
+    def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The reconstruction x_hat of activations x, in their type and shape, as a model's hook hands them over."""
+        return self.run(x.reshape(-1, x.shape[-1])).x_hat.to(x.dtype).view(x.shape)
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
@@ -149,13 +152,12 @@ class SAE(nn.Module):
         grad.addcmul_(along, rows, value=-1)
 
     def save(self, folder: str | Path) -> None:
-        """Write `sae.safetensors` and `sae.json` into `folder`, each whole or not at all."""
+        """Write `sae.safetensors` and `sae.json` into `folder`, both whole or neither."""
         folder = Path(folder)
         about = {"format": FORMAT, "d_model": self.d_model, "n_latents": self.n_latents, "method": self.method.key,
                  "sparsity": self.method.sparsity, "normalisation": self.normalisation}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_whole(folder / "sae.safetensors", lambda partial: save_file(tensors, partial))
-        write_json(folder / "sae.json", about)
+        write_whole({folder / "sae.safetensors": lambda partial: save_file(tensors, partial), folder / "sae.json": json_of(about)})
 
 
 def load(folder: str | Path) -> SAE:

@@ -46,4 +46,4 @@ def store(rows: list[dict], path: Path) -> None:
     """Put rows into a file of JSON lines, in the place of older ones of the same tables and settings. Whole or not at all."""
     new = {identity(row) for row in rows}
     kept = [row for row in sweeps.read_rows(path) if identity(row) not in new] + rows
-    write_whole(path, lambda partial: partial.write_text("".join(json.dumps(row) + "\n" for row in kept)))
+    write_whole({path: lambda partial: partial.write_text("".join(json.dumps(row) + "\n" for row in kept))})

@@ -12,6 +12,7 @@ from saelib import dense, graphs, kernels, losses, pairs
 from saelib.auxk import auxk_term, default_k_aux
 from saelib.checks import require
 from saelib.files import reading, write_whole
+from saelib.modes import own_modes
 from saelib.sae import PAIRS, SAE, Output
 
 BETAS, EPS = (0.9, 0.999), 6.25e-10  # Paper: Appendix A.3
@@ -167,6 +168,7 @@ def check_finite(terms: dict[str, Tensor], step: int) -> None:
         raise FloatingPointError(f"loss is not finite at step {step}: " + ", ".join(f"{k} = {v.item():g}" for k, v in terms.items()))
 
 
+@own_modes()
 def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *, lr: float | None = None, penalty_warmup: float = 0.0,
           auxk_coef: float = 1 / 32, k_aux: int | None = None, dead_after: int = 10_000_000, ema_decay: float = 0.0,
           path: str = "sparse", precision: str = "fp32", on_step: Callable[[int], None] | None = None,
@@ -233,7 +235,7 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
 
 def save_checkpoint(loop: Loop, path: Path, about: dict) -> None:
     """Write the state whole, with what the run is, so that an interruption leaves the previous one."""
-    write_whole(path, lambda partial: torch.save(loop.state() | {"about": about}, partial))
+    write_whole({path: lambda partial: torch.save(loop.state() | {"about": about}, partial)})
 
 
 def load_checkpoint(loop: Loop, path: Path, about: dict) -> None:

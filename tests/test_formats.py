@@ -234,3 +234,11 @@ def test_the_library_itself_loads_it_and_computes_the_same(format, method, norma
     x = sources.normalise(X) if normalisation == sources.UNIT_NORM and (format, method, normalisation) in WITHOUT else X
     for theirs, own in zip(asked(library, tmp_path, x), ours(sae, x) if x is X else (sae.encode(x), sae(x))):
         torch.testing.assert_close(theirs, own, rtol=1e-4, atol=1e-4)
+
+
+def test_metadata_that_json_can_not_hold_leaves_what_was_there(tmp_path):
+    formats.save(make("topk", "none"), tmp_path, "saelens")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="it must be text, a number, a list or a dict"):
+        formats.save(make("relu", "none"), tmp_path, "saelens", hook_name=torch.zeros(1))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

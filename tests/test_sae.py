@@ -1,5 +1,6 @@
 import json
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -110,3 +111,46 @@ def test_activations_of_another_type_are_encoded_in_that_of_the_weights(dtype):
     torch.testing.assert_close(x_hat, sae.decode(sae.encode(x)).to(dtype), rtol=1e-2, atol=1e-5)
     x_hat.sum().backward()
     assert x.grad.dtype == dtype and x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_offset_that_b_pre_takes_away_costs_no_digits(path, precision):
+    x, offset = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)), 4096.0
+    near, far = SAE(16, 64, "topk", 4, seed=1), SAE(16, 64, "topk", 4, seed=1)
+    far.b_pre.data += offset
+    x = (x + offset) - offset  # as many digits as there are beside the offset
+    error = (far.run(x + offset, path, precision).x_hat - offset) - near.run(x, path, precision).x_hat
+    assert error.abs().max() < 1e-2 and torch.allclose(far.encode(x + offset), near.encode(x), atol=1e-5)
+
+
+def test_the_gradient_of_b_pre_is_that_of_the_formula():
+    sae, x = SAE(8, 24, "relu", 0.1, seed=1).double(), torch.randn(30, 8, dtype=torch.float64)
+    sae.b_pre.data += 0.3
+    weight = torch.randn(30, 24, dtype=torch.float64)
+    own = torch.autograd.grad((sae.encode(x) * weight).sum(), [sae.b_pre, sae.W_enc, sae.b_enc])
+    plain = torch.autograd.grad((torch.relu((x - sae.b_pre) @ sae.W_enc.t() + sae.b_enc) * weight).sum(), [sae.b_pre, sae.W_enc, sae.b_enc])
+    for a, b in zip(own, plain):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_description_that_json_can_not_hold_leaves_what_was_there(tmp_path):
+    old, new = SAE(4, 8, "topk", 2), SAE(4, 8, "relu", 0.1, seed=1)
+    old.save(tmp_path)
+    new.method.sparsity = torch.tensor(0.5)
+    with pytest.raises(ValueError, match=r"value is tensor\(0.5000\): it must be text, a number, a list or a dict"):
+        new.save(tmp_path)
+    assert torch.equal(saelib.load(tmp_path).W_dec, old.W_dec) and len(list(tmp_path.iterdir())) == 2
+    new.method.sparsity = numpy.float32(0.5)
+    new.save(tmp_path)
+    assert saelib.load(tmp_path).method.sparsity == 0.5
+
+
+@pytest.mark.parametrize("path_of", [lambda sae, x: sae(x), lambda sae, x: sae.encode(x), lambda sae, x: sae.decode(sae.encode(x))])
+@pytest.mark.parametrize("method, sparsity", [("topk", 3), ("relu", 0.1)])
+def test_activations_come_back_in_the_shape_that_a_hook_hands_over(path_of, method, sparsity):
+    sae, x = SAE(8, 24, method, sparsity, seed=1), torch.randn(2, 5, 8)
+    out = path_of(sae, x)
+    assert out.shape[:2] == (2, 5)
+    torch.testing.assert_close(out.flatten(0, 1), path_of(sae, x.flatten(0, 1)))
+    assert path_of(sae, x[0, 0]).dim() == 1
