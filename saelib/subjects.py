@@ -4,16 +4,21 @@ One path serves every transformer: `pygpt` is a folder that this package ships, 
 package ships, and any other name goes to Hugging Face's `from_pretrained`.
 """
 import hashlib
+import sys
+from array import array
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from saelib import cache, sources, texts
 from saelib.checks import require
 from saelib.files import reading
+from saelib.products import multiplies_bf16
 
 PYGPT = Path(__file__).parent / "pygpt"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -22,6 +27,7 @@ DEPTH = 0.75  # the residual stream is read this far through the model: after la
 WINDOWS = 64  # windows in one forward pass
 SPREAD = 4  # windows are drawn from a text this many times as long, so that a short run sees many files
 HELD_OUT_TOKENS = 16_384
+BUILT_IN = "synthetic", "pygpt", "minilm"  # names that stand for the same wherever they are used
 TEXT_OF = {"pygpt": "python", "minilm": "english", "gpt2": "Skylion007/openwebtext"}  # what a subject reads unless told otherwise
 
 
@@ -53,14 +59,14 @@ def load(subject: str, device: str = "cpu"):
         causal = any("CausalLM" in name or "LMHead" in name for name in AutoConfig.from_pretrained(folder).architectures or [])
         model = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(folder, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    n_positions = getattr(model.config, "max_position_embeddings", CONTEXT)
+    n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", CONTEXT)
     require(n_positions >= CONTEXT, "subject", f"{subject} with {n_positions} positions", f"a model with {CONTEXT} or more")
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
     """The transformer's blocks, whatever the architecture calls them."""
-    n_layers = model.config.num_hidden_layers
+    n_layers = model.config.get_text_config().num_hidden_layers
     found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
     if not found:
         raise ValueError(f"subject is {model.config.name_or_path!r}: it must have its {n_layers} blocks in one list")
@@ -110,30 +116,37 @@ def wrapping(tokenizer) -> tuple[list[int], list[int]]:
     return whole[:before], whole[before + len(bare):]
 
 
-def windows(documents: Iterator[str], tokenizer, n_windows: int, context: int = CONTEXT) -> Tensor:
-    """Token ids cut into windows of `context`, drawn from all over the text: at most [n_windows, context].
+def windows(documents: Iterator[str], tokenizer, n_windows: int) -> Tensor:
+    """Token ids cut into windows of CONTEXT, drawn from all over the text: at most [n_windows, CONTEXT].
 
     Documents are joined by the tokenizer's end-of-text token and cut; each window is then wrapped as the tokenizer wraps a text, and
     where that ends it ([SEP]) documents are joined by nothing. Documents are read until there are SPREAD times the windows asked for, and the
     windows are drawn from those without replacement.
     """
     before, after = wrapping(tokenizer)
-    body = context - len(before) - len(after)
+    body = CONTEXT - len(before) - len(after)
     end = [] if after or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = []
+    ids = array("i")  # numbers of four bytes: a hundred million tokens fit
     for text in documents:
-        ids += end + tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        ids.extend(end + tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
         if len(ids) >= SPREAD * n_windows * body:
             break
     require(len(ids) >= body, "text", f"of {len(ids)} tokens in this split", f"long enough for a window of {body}")
-    cut = torch.tensor(ids[: len(ids) // body * body], dtype=torch.int64).view(-1, body)
-    cut = cut[torch.randperm(len(cut), generator=torch.Generator().manual_seed(0))[:n_windows]]
+    cut = torch.frombuffer(ids, dtype=torch.int32)[: len(ids) // body * body].view(-1, body)
+    cut = cut[torch.randperm(len(cut), generator=torch.Generator().manual_seed(0))[:n_windows]].long()
     return torch.cat([torch.tensor(before).long().expand(len(cut), -1), cut, torch.tensor(after).long().expand(len(cut), -1)], 1)
+
+
+def pick_device(device: str) -> str:
+    """The device that "auto" stands for: the GPU if there is one."""
+    there = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    require(device in ("auto", *there), "device", device, f"'auto' or one that is here: {', '.join(map(repr, there))}")
+    return there[-1] if device == "auto" else device
 
 
 def fast_dtype(device: str) -> torch.dtype:
     """The type that matrix products run in: bfloat16 where the hardware has it, else float32."""
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else multiplies_bf16()
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -145,14 +158,18 @@ def harvest(model: nn.Module, ids: Tensor, layer: int, inner: slice, device: str
         yield sources.normalise(stream.reshape(-1, stream.shape[-1]).float()).cpu()
 
 
-def activations(subject: str, text: str, split: str, n_tokens: int, layer: int | None, device: str) -> Iterator[Tensor]:
-    """Normalised activations of a subject on a text, [n, d_model] at a time. Special tokens are left out."""
+def activations(subject: str, text: str, split: str, n_tokens: int, layer: int | None, device: str, start: int = 0) -> Iterator[Tensor]:
+    """Normalised activations of a subject on a text, [n, d_model] at a time, after the first `start`, which are a number of whole windows.
+    Special tokens are left out."""
     model, tokenizer = load(subject, device)
     before, after = wrapping(tokenizer)
     inner = slice(len(before), CONTEXT - len(after))
-    n_windows = -(-n_tokens // (inner.stop - inner.start))
-    ids = windows(texts.documents(text, split), tokenizer, n_windows)
-    yield from harvest(model, ids, max(1, int(DEPTH * len(blocks(model)))) if layer is None else layer, inner, device)
+    width = inner.stop - inner.start
+    ids = windows(texts.documents(text, split), tokenizer, -(-n_tokens // width))
+    with tqdm(total=len(ids) * width, initial=start, unit="tok", unit_scale=True, delay=5, desc=f"{Path(subject).name}, {split}", file=sys.stderr) as bar:
+        for piece in harvest(model, ids[start // width:], max(1, int(DEPTH * len(blocks(model)))) if layer is None else layer, inner, device):
+            yield piece
+            bar.update(len(piece))
 
 
 def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: int | None = None,
@@ -166,7 +183,7 @@ def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: 
         text: what a model reads: "python", "english", a local file or folder, or a data set of the hub. The built-in
             subjects have one of their own.
         layer: after which block the residual stream is read; 3/4 through the model if None.
-        device: where the model runs.
+        device: where the model runs, "cpu", "cuda", or "auto".
 
     Raises:
         ValueError: `n_tokens` below 1, a text is needed, or the cache is not usable.
@@ -174,6 +191,7 @@ def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: 
     Paper: §2.1
     """
     require(n_tokens >= 1, "n_tokens", n_tokens, "1 or more")
+    device = pick_device(device)
     if subject == "synthetic":
         return sources.synthetic(n_tokens)
     if Path(subject).suffix in sources.FILE_TYPES:
@@ -181,12 +199,12 @@ def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: 
     text = text or TEXT_OF.get(subject)
     if text is None:
         raise ValueError(f"text is None: subject {subject!r} needs 'python', 'english', a local file or folder, or a data set's name")
-    n_held_out = max(HELD_OUT_TOKENS, n_tokens // 10)
-    parts = {}
+    n_held_out, parts = max(HELD_OUT_TOKENS, n_tokens // 10), {}
+    key = {"subject": model_key(subject), "text": texts.fingerprint(text), "layer": layer, "context": CONTEXT, "normalisation": sources.UNIT_NORM,
+           "dtype": str(fast_dtype(device)), "code": CODE}
     for split, n in (("test", n_held_out), ("train", n_tokens)):  # a text too short for the first is refused at once
-        key = {"subject": model_key(subject), "text": texts.fingerprint(text), "split": split, "n_tokens": n, "layer": layer,
-               "context": CONTEXT, "normalisation": sources.UNIT_NORM, "dtype": str(fast_dtype(device)), "code": CODE}
-        parts[split] = cache.cached(key, activations(subject, text, split, n, layer, device), f"{Path(subject).name}-{split}")
+        make = partial(activations, subject, text, split, n, layer, device)
+        parts[split] = cache.cached(key | {"split": split, "n_tokens": n}, make, f"{Path(subject).name}-{split}")
     return sources.Source(subject, parts["train"], torch.cat(parts["test"]).float(), sources.UNIT_NORM)
 
 

@@ -6,6 +6,7 @@ library, as source code, and its documentation, as English.
 import ast
 import hashlib
 import inspect
+import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from saelib.checks import require
+from saelib.files import reading
 
 HELD_OUT_EVERY = 10
 NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
@@ -34,9 +36,11 @@ def stdlib_files(split: str, *, tests: bool = False) -> list[Path]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     skip = NOT_LIBRARY if tests else NOT_LIBRARY | TEST_FOLDERS
-    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    wanted = [name for name in names if not skip & set(name.split("/"))]
-    return [root / name for name in wanted if is_held_out(name) == (split == "test")]
+    names = []
+    for folder, inside, files in os.walk(root):
+        inside[:] = set(inside) - skip  # these are not entered: installed packages are many times the library
+        names += [Path(folder, file).relative_to(root).as_posix() for file in files if file.endswith(".py")]
+    return [root / name for name in sorted(names) if is_held_out(name) == (split == "test")]
 
 
 def python_text(split: str) -> Iterator[str]:
@@ -63,12 +67,20 @@ def english_text(split: str) -> Iterator[str]:
 def local_text(path: Path, split: str) -> Iterator[str]:
     """Local text, every tenth document held out: files are documents or, where they are fewer than ten, blocks of lines between blank
     lines are, or else lines."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    found = [p.read_text("utf8", errors="replace") for p in files]
+    found = []
+    for file in files_of(path):
+        with reading("text", file, "be a text in UTF-8"):
+            found.append(file.read_text("utf8"))
     for border in ("\n\n", "\n"):
         if len(found) < HELD_OUT_EVERY:
             found = [part for text in found for part in text.split(border) if part.strip()]
+    require(len(found) >= HELD_OUT_EVERY, "text", str(path), f"{HELD_OUT_EVERY} files, blocks or lines or more, for one in {HELD_OUT_EVERY} is held out")
     yield from (text for i, text in enumerate(found) if (i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == (split == "test"))
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file itself, or the files in a folder and below."""
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
 def hub_text(name: str, split: str) -> Iterator[str]:
@@ -93,7 +105,7 @@ def fingerprint(text: str) -> str:
     if text in STDLIB_TEXTS:
         files = [path for split in ("train", "test") for path in stdlib_files(split)]
     elif Path(text).exists():
-        files = sorted(p for p in Path(text).rglob("*") if p.is_file()) or [Path(text)]
+        files = files_of(Path(text))
     else:
         return text
     digest = hashlib.sha256()

@@ -96,7 +96,7 @@ def test_another_word_of_equal_length_is_another_text_in_the_cache(tiny, text, t
 
 
 def test_a_tenth_is_held_out_and_sixteen_thousand_tokens_at_least(tiny, text, monkeypatch):
-    monkeypatch.setattr(subjects, "activations", lambda subject, text, split, n, layer, device: iter([torch.randn(n, 16)]))
+    monkeypatch.setattr(subjects, "activations", lambda subject, text, split, n, layer, device, start: iter([torch.randn(n, 16)]))
     assert [len(subjects.open_source(tiny["gpt"], n, text=text).held_out) for n in (500, 200_000)] == [16_384, 20_000]
 
 
@@ -117,10 +117,9 @@ def test_a_tenth_of_any_local_text_is_held_out(tmp_path, n_files, blocks):
     assert len(held_out) == (len(train) + len(held_out)) // 10 > 0 and not set(held_out) & set(train)
 
 
-@pytest.mark.parametrize("words", ["", "too short to cut\n" * 12])
-def test_a_text_that_is_too_short_is_named(tiny, tmp_path, monkeypatch, words):
+def test_a_text_that_is_too_short_is_named(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("SAELIB_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "short.txt").write_text(words)
+    (tmp_path / "short.txt").write_text("too short to cut\n" * 12)
     with pytest.raises(ValueError, match=r"text is 'of \d+ tokens in this split': it must be long enough for a window of 64"):
         subjects.open_source(tiny["gpt"], 100, text=str(tmp_path / "short.txt"))
     assert not (tmp_path / "cache").exists()
@@ -205,3 +204,33 @@ def test_minilm_is_the_official_one_and_a_changed_one_is_refused(monkeypatch):
     monkeypatch.setattr(subjects, "MINILM_SHA256", "0" * 64)
     with pytest.raises(ValueError, match="its weights must have sha256 0000"):
         subjects.folder_of("minilm")
+
+
+def test_a_harvest_goes_on_where_it_stopped(tiny, text):
+    whole = torch.cat(list(subjects.activations(tiny["begun"], text, "train", 900, 1, "cpu")))
+    rest = torch.cat(list(subjects.activations(tiny["begun"], text, "train", 900, 1, "cpu", 5 * 63)))  # windows of 63 tokens and a beginning
+    torch.testing.assert_close(whole[5 * 63:], rest)
+
+
+@pytest.mark.parametrize("content, rule", [(b"", "text is '.*text.txt': it must be 10 files, blocks or lines or more"), (b"one line\n" * 9, "text is '.*text.txt': it must be 10 files, blocks or lines or more"),
+                                           ("Größe\n".encode("latin1") * 20, "text is '.*text.txt': it must be a text in UTF-8"), (None, "text is '.*none': it must be 10 files")])
+def test_a_local_text_that_can_not_be_split_or_read_is_named(tiny, tmp_path, monkeypatch, content, rule):
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "none").mkdir()
+    if content is not None:
+        (tmp_path / "text.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=rule):
+        subjects.open_source(tiny["gpt"], 100, text=str(tmp_path / ("none" if content is None else "text.txt")))
+
+
+def test_the_device_of_a_source_is_checked(tiny, text):
+    with pytest.raises(ValueError, match="device is 'foo': it must be 'auto' or one that is here"):
+        subjects.open_source(tiny["gpt"], 100, text=text, device="foo")
+    assert subjects.open_source(tiny["gpt"], 100, text=text, device="auto").n_tokens > 0
+
+
+def test_a_model_within_a_larger_one_is_found_by_the_sizes_of_its_text_part(tiny):
+    model, _ = subjects.load(tiny["gpt"])
+    model.config.get_text_config = lambda: model.config.__class__(n_layer=2)
+    model.config.n_layer = 7  # as a vision model's
+    assert len(subjects.blocks(model)) == 2
