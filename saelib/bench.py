@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds-limit", type=float, default=340.0, metavar="S", help="about how long to measure in all")
     parser.add_argument("--out", type=Path, metavar="FILE", help="keep the rows there")
     chosen = parser.parse_args(arguments)
-    device = runs.pick_device(chosen.device)
+    device = subjects.pick_device(chosen.device)
     there = tables(device, chosen.seconds_limit)
     unknown = set(chosen.only or ()) - set(there)
     if unknown:

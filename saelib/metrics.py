@@ -2,19 +2,22 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import numpy
 import torch
 from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from saelib import dense
+from saelib.checks import as_tensor
 
 BATCH = 2048
 MATCH = 0.9  # cosine similarity above which a decoder row counts as a true feature
 
 
-def rows(x: Tensor | Iterable[Tensor]) -> Iterable[Tensor]:
+def rows(x: Tensor | numpy.ndarray | Iterable[Tensor]) -> Iterable[Tensor]:
     """Batches of activations, float32: a tensor is cut into pieces, an iterable is passed on, but for what is empty."""
+    x = as_tensor(x) if isinstance(x, numpy.ndarray) else x
     for batch in x.split(BATCH) if isinstance(x, Tensor) else x:
         if len(batch):
             yield batch.float()
@@ -32,7 +35,7 @@ def judging(sae) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(sae, x: Tensor | Iterable[Tensor], mean: Tensor | None = None) -> dict[str, float]:
+def evaluate(sae, x: Tensor | numpy.ndarray | Iterable[Tensor], mean: Tensor | None = None) -> dict[str, float]:
     """Reconstruction and sparsity of an SAE on held-out activations. It changes nothing in the SAE.
 
     normalized_mse     = Σ_b ||x_b - x_hat_b||² / Σ_b ||x_b - mean||²
@@ -42,7 +45,7 @@ def evaluate(sae, x: Tensor | Iterable[Tensor], mean: Tensor | None = None) -> d
 
     Args:
         sae: the autoencoder.
-        x: activations [n_tokens, d_model], or an iterable of such batches.
+        x: activations [n_tokens, d_model], a tensor or an array, or an iterable of tensors, batch by batch.
         mean: what the trivial predictor says, the mean of the TRAINING activations; the mean of `x` if None.
 
     Returns:

@@ -7,13 +7,14 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import CodeType
 
 import torch
 
-from saelib import methods, native, subjects
+from saelib import methods, native, subjects, texts
 
 PACKAGE = Path(__file__).parent
-DECIDING = ("auxk", "cache", "checks", "dense", "files", "graphs", "kernels", "losses", "methods", "metrics", "native", "origin", "pairs", "products", "runs", "sae", "selection",
+DECIDING = ("auxk", "cache", "checks", "dense", "files", "graphs", "kernels", "losses", "methods", "metrics", "modes", "native", "origin", "pairs", "products", "runs", "sae", "selection",
             "sources", "subjects", "texts", "train", "triton_adam", "triton_kernels", "triton_select", "variants")
 
 
@@ -63,8 +64,8 @@ def inputs(config) -> str:
     """A hash of what decides a row's numbers and may change under the same name outside saelib: local files that are the subject or the
     text, the interpreter whose library is the text, a method that is defined elsewhere, its bases and their files. Data files count by name, size and time."""
     parts = [platform.python_version()]
-    for name in filter(None, (config.subject, config.text)):
-        files = sorted(p for p in (Path(name), *Path(name).rglob("*")) if p.is_file())
+    for name in {config.subject, config.text} - {None, *subjects.BUILT_IN, *texts.STDLIB_TEXTS}:
+        files = [p for p in texts.files_of(Path(name)) if p.is_file()]
         parts += [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     for kind in methods.find(config.method).__mro__:
         package, _, module = kind.__module__.partition(".")
@@ -76,14 +77,19 @@ def inputs(config) -> str:
 def sources_of(kind: type) -> list[str]:
     """What a class consists of: the file that defines it, and, where that is no file or has changed since, its functions and plain values."""
     path = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    parts = [Path(path).read_text()] if path else []
+    parts = [Path(path).read_text("utf8")] if path and Path(path).is_file() else []
     for name, value in vars(kind).items():
         function = getattr(value, "fget", None) or getattr(value, "__func__", value)
         if inspect.isfunction(function):
             try:
                 parts.append(f"{name}: {inspect.getsource(function)}")
             except OSError:  # typed at a prompt
-                parts.append(f"{name}: {function.__code__.co_code.hex()} {function.__code__.co_consts}")
+                parts.append(f"{name}: {instructions(function.__code__)}")
         elif isinstance(value, str | int | float | tuple) and name[:2] != "__":
             parts.append(f"{name}: {value!r}")
     return parts
+
+
+def instructions(code: CodeType) -> tuple:
+    """What a function does, as far as can be said without its source: its instructions, and the names and constants in them."""
+    return code.co_code.hex(), code.co_names, [instructions(value) if isinstance(value, CodeType) else value for value in code.co_consts]

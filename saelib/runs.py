@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from math import inf
 from numbers import Real
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy
@@ -13,16 +13,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from saelib import metrics, sources, subjects
+from saelib import methods, metrics, sources, subjects
 from saelib.checks import require
-from saelib.methods import Method
+from saelib.files import plain
+from saelib.modes import own_modes
 from saelib.origin import inputs, provenance
 from saelib.sae import SAE, geometric_median
 from saelib.selection import has_kernels
+from saelib.subjects import pick_device
 from saelib.train import paper_lr, train
 
 MEDIAN_ROWS = 8192
 BF16_WEIGHTS = 2**16
+SEEDS = 2**43  # from here on the numbers of a shuffle's epochs (see `Source.batches`) no longer fit
+OPTIONAL = "lr", "source_tokens", "layer", "penalty_warmup", "dead_after"  # what `resolve` fills in, or the subject
 PATHS, PRECISIONS = ("auto", "sparse", "graph", "native", "dense"), ("auto", "fp32", "bf16")
 
 
@@ -48,18 +52,23 @@ class RunConfig:
     precision: str = "auto"
 
     def __post_init__(self):
+        for name, value in vars(self).items():  # numpy's numbers are no JSON, nor do checkpoints hold them
+            if isinstance(value, (numpy.generic, PurePath)):
+                object.__setattr__(self, name, plain(value))
         whole = {"n_latents": 1, "n_tokens": 1, "batch_size": 1, "seed": 0, "source_tokens": 1, "layer": 0, "dead_after": 1}
         for name, least in whole.items():
             value = getattr(self, name)
-            require(value is None or is_whole(value) and value >= least, name, value, f"a whole number, {least} or more")
+            require(value is None and name in OPTIONAL or is_whole(value) and value >= least, name, value, f"a whole number, {least} or more")
+        require(self.seed < SEEDS, "seed", self.seed, f"below {SEEDS}")
         for name, (low, high) in {"sparsity": (-inf, inf), "lr": (0, inf), "penalty_warmup": (0, 1), "auxk_coef": (0, inf), "ema_decay": (0, 0.999999)}.items():
             value = getattr(self, name)
-            require(value is None or isinstance(value, Real) and low <= value <= high, name, value, f"a number from {low:g} to {high:g}")
+            require(value is None and name in OPTIONAL or isinstance(value, Real) and low <= value <= high, name, value, f"a number from {low:g} to {high:g}")
         require(self.path in PATHS, "path", self.path, f"one of {', '.join(PATHS)}")
         require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
-        for name in (*whole, "sparsity"):  # 4.0 and numpy's 4 become 4, so that a row of a store is found again
+        for name in (*whole, "sparsity"):  # 4.0 becomes 4, so that a row of a store is found again
             if is_whole(getattr(self, name)):
                 object.__setattr__(self, name, int(getattr(self, name)))
+        methods.make(self.method, self.n_latents, self.sparsity)  # refuses what it does not take
 
     def resolve(self) -> "RunConfig":
         """The same with every None filled in that training needs: the paper's learning rate; a penalty that rises over
@@ -70,7 +79,7 @@ class RunConfig:
 
 
 def is_whole(value) -> bool:
-    return isinstance(value, Real) and value == value // 1
+    return isinstance(value, Real) and value == value // 1 and abs(value) < 2**53
 
 
 class Fit(NamedTuple):
@@ -88,20 +97,14 @@ def pick_precision(precision: str, device: str, n_weights: int) -> str:
     return "bf16" if n_weights >= BF16_WEIGHTS and subjects.fast_dtype(device) == torch.bfloat16 else "fp32"
 
 
-def pick_path(path: str, device: str, method: Method) -> str:
+def pick_path(path: str, device: str, method: methods.Method) -> str:
     """The path that "auto" stands for: the recorded step on a GPU with kernels, where the method's can be recorded, else the sparse one."""
     if path != "auto":
         return path
     return "graph" if has_kernels(torch.device(device)) and not method.waits else "sparse"
 
 
-def pick_device(device: str) -> str:
-    """The device that "auto" stands for: the GPU if there is one."""
-    there = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    require(device in ("auto", *there), "device", device, f"'auto' or one that is here: {', '.join(map(repr, there))}")
-    return there[-1] if device == "auto" else device
-
-
+@own_modes()
 def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", on_tokens=None, checkpoint: Path | None = None) -> Fit:
     """Train and judge the SAE that `config` describes on an open source, your own activations too, with every setting that there is.
 
@@ -137,7 +140,7 @@ def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", 
     history = train(sae, batches, n_steps, lr=config.lr,
                     penalty_warmup=config.penalty_warmup, auxk_coef=config.auxk_coef, dead_after=config.dead_after,
                     ema_decay=config.ema_decay, path=pick_path(config.path, device, sae.method), checkpoint=checkpoint,
-                    run={"seed": config.seed, "batch_size": batch_size, "data": f"{float(source.mean.double().abs().sum()):.6g}"},
+                    run={"seed": config.seed, "batch_size": batch_size, "data": source.identity()},
                     precision=pick_precision(config.precision, device, sae.W_enc.numel()),
                     on_step=on_tokens and count)
     seconds = (time.monotonic() - start) * n_steps / max(1, n_steps - begun)
@@ -175,9 +178,7 @@ def fit(source: Tensor | numpy.ndarray | sources.Source, method: str = "topk", s
 
     Paper: §2, Appendix A
     """
-    if isinstance(source, numpy.ndarray):
-        source = torch.from_numpy(source)
-    if isinstance(source, Tensor):
+    if isinstance(source, Tensor | numpy.ndarray):
         source = sources.from_tensor(source)
     require(isinstance(source, sources.Source), "source", type(source).__name__, "a [n_tokens, d_model] tensor or array, or a saelib source")
     config = RunConfig(source.name, method, sparsity, n_latents, n_tokens, batch_size, lr, seed, path=path)

@@ -1,4 +1,5 @@
 """Where activations come from: what an SAE is trained on and judged by."""
+import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
@@ -11,13 +12,14 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saelib.checks import require
+from saelib.checks import as_tensor, require
 from saelib.files import reading
 
 UNIT_NORM = "unit_norm"
 FILE_TYPES = (".npy", ".safetensors")
 PIECE_ROWS = 2**17  # tokens looked at in one go
 SAMPLE_ROWS = 2**13
+IDENTITY_ROWS = 256
 DICTIONARY_SEED = 20_240_606  # far from the seeds of SAEs: with an SAE's own seed its first rows would BE the dictionary
 
 
@@ -37,8 +39,9 @@ def normalise(x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_mod
     Paper: §2.1
     """
     x = x.float()  # a half has no room for squares
-    x = x - x.mean(-1, keepdim=True)
-    return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    centred = x - x.mean(-1, keepdim=True)
+    size, rounding = centred.norm(dim=-1, keepdim=True), 4 * torch.finfo(x.dtype).eps * x.norm(dim=-1, keepdim=True)
+    return (centred / size).masked_fill(size <= rounding, 0)  # what is left of a constant vector is rounding, and would get unit norm
 
 
 @dataclass
@@ -73,6 +76,11 @@ class Source:
     def n_tokens(self) -> int:
         return sum(len(shard) for shard in self.shards)
 
+    def identity(self) -> str:
+        """A hash that tells these training activations from others: of their number, and of rows from all over them."""
+        rows = torch.linspace(0, self.n_tokens - 1, min(self.n_tokens, IDENTITY_ROWS), dtype=torch.float64).long()
+        return hashlib.sha256(f"{self.n_tokens}".encode() + self._gather(rows).cpu().numpy().tobytes()).hexdigest()[:16]
+
     def on(self, device: str) -> "Source":
         """The same source with its training activations on a GPU, if half of the memory that is free there can hold them: a
         batch is then gathered where it is used. On the CPU, or if they are too many, the source as it is (see `ahead`)."""
@@ -86,7 +94,6 @@ class Source:
     def batches(self, batch_size: int, n_steps: int, seed: int, start: int = 0) -> Iterator[Tensor]:
         """Batches number `start` to `n_steps` of an endless shuffle: each epoch visits every token once, in an
         order that depends on `seed` and the epoch alone. A short last batch of an epoch is filled from the next."""
-        edges = torch.tensor([len(shard) for shard in self.shards]).cumsum(0)
         n, epoch, order = self.n_tokens, -1, torch.empty(0, dtype=torch.int64)
         for step in range(start, n_steps):
             picked = []
@@ -98,14 +105,14 @@ class Source:
                 upto = min(stop, (epoch + 1) * n)
                 picked.append(order[at - epoch * n: upto - epoch * n])
                 at = upto
-            yield self._gather(torch.cat(picked), edges)
+            yield self._gather(torch.cat(picked))
 
-    def _gather(self, index: Tensor, edges: Tensor) -> Tensor:
+    def _gather(self, index: Tensor) -> Tensor:
         device = self.shards[0].device
-        if device.type != "cpu":
-            index, edges = index.to(device), edges.to(device)
+        index = index.to(device)
         if len(self.shards) == 1:
             return self.shards[0][index].float()
+        edges = torch.tensor([len(shard) for shard in self.shards], device=device).cumsum(0)
         shard_of = torch.bucketize(index, edges, right=True)
         batch = torch.empty(len(index), self.d_model, device=device)
         for number in shard_of.unique().tolist():
@@ -147,11 +154,11 @@ def check_activations(x: Tensor) -> None:
             raise ValueError(f"source holds NaN or Inf, first in row {bad}: activations must be finite")
 
 
-def from_tensor(x: Tensor, name: str = "tensor", held_out_fraction: float = 0.1, normalisation: str = "none") -> Source:
+def from_tensor(x: Tensor | numpy.ndarray, name: str = "tensor", held_out_fraction: float = 0.1, normalisation: str = "none") -> Source:
     """A source from your own activations; the last tenth of the rows is held out.
 
     Args:
-        x: [n_tokens, d_model].
+        x: [n_tokens, d_model], a tensor or an array.
         name: of the source.
         held_out_fraction: of the rows, from the end; above 0 and below 1.
         normalisation: "none", which takes them as they are, or "unit_norm" (see `normalise`). An SAE that is trained on them keeps the word,
@@ -161,6 +168,7 @@ def from_tensor(x: Tensor, name: str = "tensor", held_out_fraction: float = 0.1,
         ValueError: not [n_tokens, d_model], fewer than two tokens, not floating point, or not finite.
     """
     require(normalisation in ("none", UNIT_NORM), "normalisation", normalisation, f"'none' or {UNIT_NORM!r}")
+    x = as_tensor(x)
     check_activations(x)
     if normalisation == UNIT_NORM:
         x = normalise(x)

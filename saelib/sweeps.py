@@ -15,7 +15,8 @@ from tqdm import tqdm
 from saelib.checks import require
 from saelib.files import reading, write_whole
 from saelib.origin import code_hash, inputs
-from saelib.runs import RunConfig, pick_device, run
+from saelib.runs import RunConfig, run
+from saelib.subjects import pick_device
 
 WRITING = threading.Lock()  # to a store: sweeps in several threads may share one
 STREAMS = 4  # members of a sweep at once on a GPU
@@ -51,7 +52,7 @@ def end_last_line(store: Path) -> None:
         text = store.read_text() if store.exists() else ""
         if text and text[-1] != "\n":
             lines = whole_lines(store)
-            write_whole(store, lambda partial: partial.write_text("".join(line + "\n" for line in lines)))
+            write_whole({store: lambda partial: partial.write_text("".join(line + "\n" for line in lines))})
 
 
 def side_by_side(task: Callable, items: Iterable, device: str = "cpu", stop: threading.Event | None = None) -> list:
@@ -93,7 +94,7 @@ def side_by_side(task: Callable, items: Iterable, device: str = "cpu", stop: thr
 def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, device: str = "auto", progress: bool = True) -> list[dict]:
     """The rows of `configs`, in their order: read from the store where it has them, run where it lacks them.
 
-    A row counts only if it was made by the code that is here, from the files that are here (see `inputs` of `saelib.runs`). Members run side by side, a thread and a core or a stream
+    A row counts only if it was made by the code that is here, from the files that are here (see `saelib.origin`). Members run side by side, a thread and a core or a stream
     each, and share the activations, so that a row does not depend on how many run at once. Each row is written when it is done, and a member
     that takes long leaves a checkpoint each minute: kill the sweep, and the next call goes on from there.
 
@@ -109,9 +110,9 @@ def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, devi
     configs, device = list(configs), pick_device(device)
     rows = read_rows(store) if store else []
     require(all({"config", "provenance"} <= set(row) for row in rows), "store", str(store), "a file of rows that a sweep wrote")
-    kept = {json.dumps(row["config"]): row for row in rows if row["provenance"]["code"] == code_hash()}
-    names = {config: json.dumps(asdict(config)) for config in configs}
-    done = {config: kept[name] for config, name in names.items() if name in kept and kept[name]["provenance"].get("inputs") == inputs(config)}
+    kept = {(json.dumps(row["config"]), row["provenance"].get("inputs")): row for row in rows if row["provenance"]["code"] == code_hash()}
+    names = {config: (json.dumps(asdict(config)), inputs(config)) for config in configs}
+    done = {config: kept[name] for config, name in names.items() if name in kept}
     todo = [config for config in names if config not in done]
     if store and todo:
         Path(store).parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +128,7 @@ def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, devi
             raise KeyboardInterrupt
 
     def member(config: RunConfig) -> None:
-        identity = names[config] + code_hash() + inputs(config)
+        identity = "".join(names[config]) + code_hash()
         try:
             row = run(config, device, count, checkpoints and checkpoints / f"{sha256(identity.encode()).hexdigest()[:16]}.pt")
         except Exception as error:

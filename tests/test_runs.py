@@ -16,6 +16,8 @@ from saelib import methods, origin, profiles, runs, sources, subjects, sweeps, t
 from saelib.runs import RunConfig
 from saelib.sae import SAE, geometric_median
 
+X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+
 
 def config(**changes):
     return RunConfig(**({"subject": "synthetic", "method": "topk", "sparsity": 4, "n_latents": 64, "n_tokens": 2000, "batch_size": 200} | changes))
@@ -78,7 +80,7 @@ def test_b_pre_starts_at_the_geometric_median_of_what_is_trained_on():
     ({"sparsity": 100}, "sparsity is 100: k must be a whole number from 1 to n_latents = 64"), ({"sparsity": 0}, "sparsity is 0"),
     ({"sparsity": float("nan")}, "sparsity is nan"),
     ({"lr": -1.0}, "lr is -1.0: it must be a number from 0"), ({"device": "gpu"}, "device is 'gpu': it must be 'auto' or one that is here: 'cpu'"),
-    ({"path": "fast"}, "path is 'fast': it must be one of auto"), ({"seed": -1}, "seed is -1"),
+    ({"path": "fast"}, "path is 'fast': it must be one of auto"), ({"seed": -1}, "seed is -1"), ({"seed": 2**43}, "seed is .*: it must be below"),
     ({"method": "topq"}, "method is 'topq': it must be one of"),
 ])
 def test_a_bad_argument_is_one_line_that_names_it(changes, message):
@@ -222,11 +224,15 @@ def test_zero_is_a_value_and_a_whole_number_is_one_however_it_is_written():
 
 
 WRONG_TYPES = """
+import json, pathlib
 import numpy, torch
 from saelib import RunConfig, fit
 made = RunConfig("synthetic", "topk", numpy.int64(4), numpy.int64(64), 2e3, seed=numpy.int64(1))
 assert [type(value) for value in (made.sparsity, made.n_latents, made.n_tokens, made.seed)] == [int] * 4
+row = RunConfig(pathlib.Path("x.npy"), "relu", numpy.float32(0.5), 64, 100, lr=numpy.float64(1e-3))
+assert json.loads(json.dumps(vars(row))) == vars(row) and (row.subject, row.sparsity, type(row.lr)) == ("x.npy", 0.5, float)
 for source, changes, message in ((torch.randn(20, 4), {"sparsity": "8"}, "sparsity is '8': it must be a number"),
+                                 (torch.randn(20, 4), {"n_tokens": None}, "n_tokens is None: it must be a whole number, 1 or more"),
                                  (torch.randn(20, 4), {"n_latents": 16.5}, "n_latents is 16.5: it must be a whole number, 1 or more"),
                                  ([torch.randn(20, 4)], {}, "source is 'list': it must be a [n_tokens, d_model] tensor or array")):
     try:
@@ -413,3 +419,54 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch, other):
     data = source if other else sources.from_tensor(torch.randn(2000, source.d_model))
     with pytest.raises(ValueError, match="checkpoint is .*c.pt of a run with .*: it must be of this run"):
         runs.fit_source(data, replace(asked, **other), checkpoint=checkpoint)
+
+
+FROM_STDIN = """
+import saelib, torch
+from saelib import methods, origin
+class Own(methods.TopK):
+    key = "own"
+    def forward(self, pre_acts):
+        return torch.{name}([a for a in [pre_acts]][0])
+methods.METHODS["own"] = Own
+print(origin.inputs(saelib.RunConfig("pygpt", "own", 4, 64, 100)))
+"""
+
+
+def test_a_method_typed_at_a_prompt_is_known_in_another_process_and_from_any_folder(tmp_path):
+    (tmp_path / "pygpt").mkdir()
+    (tmp_path / "pygpt" / "notes").write_text("a folder of that name is not the subject")
+    environment = os.environ | {"PYTHONPATH": str(origin.PACKAGE.parent)}
+    first, again, other = (subprocess.run([sys.executable, "-"], input=FROM_STDIN.format(name=name), cwd=folder, env=environment, capture_output=True,
+                                          text=True, check=True).stdout for name, folder in (("relu", None), ("relu", tmp_path), ("sigmoid", None)))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("switched", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize("method, sparsity", [("topk", 2), ("relu", 0.1)])
+def test_training_is_the_same_whatever_modes_the_caller_is_in(switched, method, sparsity):
+    plain = saelib.fit(X, method, sparsity, n_latents=16, n_tokens=200, batch_size=20, progress=False)
+    with switched():
+        inside = saelib.fit(X * 1, method, sparsity, n_latents=16, n_tokens=200, batch_size=20, progress=False)
+    assert torch.equal(plain.sae.W_dec, inside.sae.W_dec) and inside.sae.W_dec.requires_grad
+
+
+def test_a_store_keeps_the_rows_of_each_python(tmp_path, monkeypatch):
+    store, ran, run = tmp_path / "rows.jsonl", [], sweeps.run
+    monkeypatch.setattr(sweeps, "run", lambda c, *a: (ran.append(c), run(c, *a))[1])
+    for version in ("3.11.1", "3.12.1", "3.11.1", "3.12.1"):
+        monkeypatch.setattr(origin.platform, "python_version", lambda: version)
+        saelib.sweep([config(n_tokens=200)], store, progress=False)
+    assert len(ran) == len(sweeps.read_rows(store)) == 2
+
+
+def test_a_checkpoint_of_other_activations_with_the_same_mean_is_refused(tmp_path, monkeypatch):
+    def stop(n):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    asked, checkpoint = config(n_tokens=60, batch_size=20, n_latents=16), tmp_path / "c.pt"
+    with pytest.raises(KeyboardInterrupt):
+        runs.fit_source(sources.from_tensor(X), asked, on_tokens=stop, checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="checkpoint is .* of a run with data"):
+        runs.fit_source(sources.from_tensor(-X), asked, checkpoint=checkpoint)

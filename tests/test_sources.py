@@ -6,6 +6,8 @@ from safetensors.torch import save_file
 import saelib
 from saelib import sources, subjects
 
+X = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+
 
 def test_normalising_removes_the_mean_over_dimensions_and_leaves_unit_norm():
     x = sources.normalise(torch.randn(50, 7) * 30 + 5)
@@ -160,3 +162,17 @@ def test_a_file_of_activations_that_cannot_be_read_is_one_line_that_names_it(nam
     with pytest.raises(ValueError, match=f"subject is '.*{name}': it must be a readable .npy or .safetensors file") as error:
         subjects.open_source(str(tmp_path / name), 10)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 3.3, 100.7])
+@pytest.mark.parametrize("d_model", [64, 256, 768, 4096])
+def test_a_constant_vector_becomes_0_and_not_rounding_of_unit_norm(value, d_model):
+    assert not sources.normalise(torch.full((2, d_model), value)).any()
+
+
+@pytest.mark.parametrize("x", [X.numpy(), X.numpy()[::-1], X.numpy().astype(">f4"), X.numpy().copy(order="F")])
+def test_arrays_are_activations_however_they_lie_in_memory(x):
+    x.setflags(write=False)
+    source = sources.from_tensor(x)
+    torch.testing.assert_close(torch.cat([*source.shards, source.held_out]), torch.tensor(x.astype("f4")))
+    assert saelib.evaluate(saelib.SAE(4, 8, "topk", 2), x)["n_tokens"] == len(x)
