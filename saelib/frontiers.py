@@ -12,6 +12,8 @@ from saelib.methods import METHODS
 from saelib.runs import RunConfig
 from saelib.sweeps import sweep
 
+CONFIDENCE = 0.95
+
 
 def at_l0(points: Sequence[tuple[float, float]], l0: float) -> float:
     """Normalized MSE at a wanted L0, by straight lines between neighbours on logarithmic axes.
@@ -57,12 +59,12 @@ def ratios(rows: Sequence[dict], over: str, under: str) -> dict[float, dict[int,
     return table
 
 
-def interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean and confidence interval by Student's t, over seeds; infinite with a single seed."""
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95 % confidence interval by Student's t, over seeds; infinite with a single seed."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, -math.inf, math.inf
-    half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
     return mean, mean - half, mean + half
 
 

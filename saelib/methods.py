@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from saelib import losses
 from saelib.checks import require
 
-THRESHOLD_RATE = 0.01  # weight of the newest batch in BatchTopK's running mean, at least
+THRESHOLD_RATE = 0.1  # weight of the newest batch in BatchTopK's running mean, at least: ten steps, for a short run's cuts still fall
 
 
 class Method(nn.Module):
@@ -99,7 +99,7 @@ class MultiTopK(TopK):
 
     It is a sum of losses: one loss of summed activations would be another thing.
 
-    Paper: §5.2 (Multi-TopK)
+    Paper: §5 (Multi-TopK)
     """
     key, label = "multi_topk", "Multi-TopK"
 
@@ -161,7 +161,8 @@ class BatchTopK(TopK):
             is_full = width < self.n_latents and bool((values.amin(1) >= cut).any())
         self.remember(cut)
         values = values.masked_fill(values < cut, 0)
-        values, place = values.topk(max(1, int((values > 0).sum(1).max())), dim=1, sorted=False)
+        widest = int((values > 0).sum(1).max()) if len(values) else 0
+        values, place = values.topk(max(1, widest), dim=1, sorted=False)
         return values, indices.gather(1, place)
 
 

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from saelib.checks import require
 from saelib.labels import name_ends
 
 STYLE = Path(__file__).with_name("book.mplstyle")
@@ -150,6 +151,8 @@ def frontier(rows: Sequence[dict], *, panel: str = "subject", x: str = "l0", y: 
     panels = group(rows, lambda row: row["config"][panel])
     picture, axes = canvas(len(panels), sharey=False)
     for ax, (name, members) in zip(axes, panels.items()):
+        sizes = sorted({row["config"]["n_latents"] for row in members})
+        require(len(sizes) == 1, "rows", f"of n_latents {', '.join(map(str, sizes))} in one panel", "of one size each: panel='n_latents' sets sizes apart")
         by_method = group(members, lambda row: row["config"]["method"])
         series = {METHODS[m].label: points_of(rs, lambda r: r["metrics"][x], lambda r: r["metrics"][y]) for m, rs in by_method.items()}
         looks = {METHODS[m].label: LOOK.get(m, LOOK["spare"]) for m in by_method}

@@ -9,6 +9,11 @@ def cpu_has(feature: str) -> bool:
     return getattr(torch.cpu, "get_capabilities", dict)().get(feature, False)
 
 
+def multiplies_bf16() -> bool:
+    """Whether oneDNN is in this torch, and multiplies bfloat16 on this CPU."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def linear(x: Float[Tensor, "batch d"], weight: Float[Tensor, "n d"], bias: Float[Tensor, " n"], out: Float[Tensor, "batch n"],
            rectify: bool = False) -> Float[Tensor, "batch n"]:
     """x weightᵀ + bias, or ReLU of that.
@@ -21,7 +26,7 @@ def linear(x: Float[Tensor, "batch d"], weight: Float[Tensor, "n d"], bias: Floa
         out: memory for the result. The fused product takes its own, and leaves this untouched.
         rectify: whether ReLU follows.
     """
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and multiplies_bf16():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu" if rectify else "none", [], "")
     torch.addmm(bias, x, weight.t(), out=out)
     return out.relu_() if rectify else out

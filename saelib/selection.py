@@ -7,15 +7,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelib.checks import require
+
 LEAF = 512  # numbers in a row that are looked through at once
 SIZES = 1, 2, 4, 8, 16  # of the groups that longer rows are cut into
 
 
 @cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether there are kernels in Triton for this device: an NVIDIA GPU of the Ampere generation or newer."""
+    """Whether there are kernels in Triton for this device: an NVIDIA GPU of the Ampere generation or newer, and a Triton of version 3.4 or newer."""
     return (device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 8
-            and importlib.util.find_spec("triton") is not None)
+            and importlib.util.find_spec("triton") is not None and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None)
 
 
 def largest(values: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
@@ -30,6 +32,7 @@ def largest(values: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "row
         from saelib import triton_select
         return triton_select.largest(values, k)
     rows, n = values.shape
+    require(1 <= k <= n, "k", k, f"from 1 to {n}")
     size = min((size for size in SIZES if n % size == 0 and k * size <= n), key=lambda size: n / size + (size > 1) * k * size)
     if n <= LEAF or size == 1:
         return topk(values, k)

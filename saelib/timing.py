@@ -99,10 +99,11 @@ def interleave(contestants: dict, batches: Sequence[Tensor], reference: tuple, s
         x, first = batches[number % len(batches)], number % max(1, len(others))
         order, step_by = others[first:] + others[:first], max(1, len(others) // 4)
         floor = []
-        for place in range(0, len(order) + 1, step_by):
+        for place in range(0, len(order), step_by):
             floor.append(seconds_of(contestants[reference].step, x, repeats_on(x)))
             for key in order[place: place + step_by]:
                 times[key].append(seconds_of(contestants[key].step, x, repeats_on(x)))
+        floor.append(seconds_of(contestants[reference].step, x, repeats_on(x)))
         times[reference].append(statistics.median(floor))
     return times
 

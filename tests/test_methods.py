@@ -98,18 +98,18 @@ def test_the_threshold_of_batchtopk_is_the_mean_of_the_cuts_and_then_a_running_o
     method, cuts = methods.BatchTopK(40, 3), [3.0, 1.0, 2.0, *[4.0] * 200]
     for n, cut in enumerate(cuts, 1):
         method.remember(torch.tensor(cut))
-        if n == 100:
+        if n == 10:
             expected = method.threshold.item()
-            assert expected == pytest.approx(sum(cuts[:100]) / 100, rel=1e-5)
-    for cut in cuts[100:]:
-        expected += 0.01 * (cut - expected)
+            assert expected == pytest.approx(sum(cuts[:10]) / 10, rel=1e-5)
+    for cut in cuts[10:]:
+        expected += 0.1 * (cut - expected)
     assert method.threshold.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_after_a_short_run_batchtopk_still_keeps_about_k_on_held_out_tokens():
     source = saelib.sources.synthetic(20_000, d_model=32, n_features=96, l0=4, seed=1)
     l0 = saelib.fit(source, "batchtopk", 4, n_latents=96, n_tokens=100 * 256, batch_size=256, lr=8e-3, progress=False).metrics["l0"]
-    assert 3.3 < l0 < 4.7
+    assert 3.7 < l0 < 4.3
 
 
 @pytest.mark.parametrize("path", ["sparse", "dense"])

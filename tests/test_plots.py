@@ -90,3 +90,11 @@ def test_a_label_that_another_lines_end_would_cover_moves_to_the_left(rival, sid
 def test_a_histogram_counts_what_is_at_or_below_zero():
     picture = plots.histograms({"case": {"then": [-0.1, 0.0, 0.2, 0.4]}}, "x")
     assert picture.numbers == ["case, then: 0.5000 at or below 0, mean of the others 0.3"]
+
+
+def test_sizes_are_not_taken_for_seeds():
+    rows = [{"config": {"subject": "synthetic", "method": "topk", "sparsity": k, "n_latents": n, "seed": 0, "n_tokens": 100},
+             "metrics": {"l0": k, "normalized_mse": 1 / n / k}, "provenance": {"hardware": "CPU"}} for n in (8, 16) for k in (4, 8)]
+    with pytest.raises(ValueError, match="rows is 'of n_latents 8, 16 in one panel'"):
+        plots.frontier(rows)
+    assert len(plots.frontier(rows, panel="n_latents").axes) == 2

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from saelib import dense
+from saelib import dense, subjects
 from saelib.products import linear
 
 
@@ -33,3 +33,10 @@ def test_the_way_of_a_relu_step_follows_from_the_share_and_the_cpu(monkeypatch, 
     latents = torch.zeros(64, one_in, dtype=dtype)
     latents[:, 0] = 1
     assert dense.way(latents, compiled) is way
+
+
+def test_a_torch_without_onednn_multiplies_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: pytest.fail("there is no such operator"))
+    assert subjects.fast_dtype("cpu") == torch.float32
+    assert linear(torch.ones(1, 2).bfloat16(), torch.ones(3, 2).bfloat16(), torch.zeros(3).bfloat16(), torch.empty(1, 3).bfloat16()).eq(2).all()

@@ -1,10 +1,11 @@
 """What tools/run.py lets through to the terminal, and which outputs it keeps."""
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
-from nbformat.v4 import new_code_cell, new_output
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from tools import run
 from tools.run import QUIET, quieten
@@ -37,3 +38,24 @@ def test_what_the_reader_has_set_stays(monkeypatch):
 def test_the_output_of_a_cell_that_measures_time_stays_until_it_says_something_else(tags, text, kept):
     committed, executed = (new_code_cell("pass", metadata={"tags": tags}, outputs=[new_output("stream", name="stdout", text=t)]) for t in ("the step: -8.5 ms", text))
     assert run.stays(committed, executed) is kept
+
+
+@pytest.mark.parametrize("seconds, said", [(9.6, "10 s"), (119.7, "2 min 0 s"), (185, "3 min 5 s")])
+def test_a_duration_is_rounded_once(seconds, said):
+    assert run.duration(seconds) == said
+
+
+def test_a_run_is_kept_where_there_is_no_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    made = run.provenance("quick", {}, 1.0)
+    assert (made["commit"], made["uncommitted_changes"]) == ("unknown", False)
+
+
+def test_a_chapter_that_shows_the_benchmark_is_of_its_rows(monkeypatch, tmp_path):
+    shutil.copytree(run.ROOT / "saelib", tmp_path / "saelib")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    shows, other = (new_notebook(cells=[new_code_cell(source)]) for source in ("speed_rows.committed('steps')", "1 + 1"))
+    before = run.code_hash(shows), run.code_hash(other)
+    with open(tmp_path / "saelib" / "rows" / "speed.jsonl", "a") as rows:
+        rows.write("{}\n")
+    assert run.code_hash(shows) != before[0] and run.code_hash(other) == before[1]

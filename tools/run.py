@@ -4,7 +4,7 @@
     python tools/run.py --refresh-committed [NOTEBOOK ...]   `quick`, into the outputs kept in notebooks/
 
 A run is finished when the copy in runs/PROFILE/ carries the hash of the code that would be run now: the code
-cells of the notebook, and saelib but for its plots. `--refresh-committed` keeps the output of a cell that measures time.
+cells of the notebook, saelib but for its plots, and the benchmark's rows if it shows them. `--refresh-committed` keeps the output of a cell that measures time.
 """
 import argparse
 import contextlib
@@ -48,12 +48,16 @@ def code_hash(notebook):
     """Hash of all code that decides the numbers of this notebook."""
     from saelib import origin
 
+    code = [cell.source for cell in code_cells(notebook)]
     digest = hashlib.sha256(origin.code_hash().encode())
     for module in sorted(ROOT.glob("saelib/*.py")):
-        if module.stem not in ("labels", "plots", "speed_plots"):
+        if module.stem not in ("labels", "plots", "speed_plots", *origin.DECIDING):
             digest.update(module.read_bytes())
-    for cell in code_cells(notebook):
-        digest.update(b"\0" + cell.source.encode())
+    if any("speed_rows" in source for source in code):
+        for rows in sorted(ROOT.glob("saelib/rows/*.jsonl")):
+            digest.update(rows.read_bytes())
+    for source in code:
+        digest.update(b"\0" + source.encode())
     return digest.hexdigest()[:16]
 
 
@@ -105,7 +109,7 @@ def replace_file(path, notebook):
     """Write whole or not at all."""
     from saelib.files import write_whole
 
-    write_whole(path, lambda partial: nbformat.write(notebook, partial))
+    write_whole({path: lambda partial: nbformat.write(notebook, partial)})
 
 
 def parameters_of(source):
@@ -120,9 +124,13 @@ def parameters_of(source):
     return defaults
 
 
-def git(*arguments):
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+def uncommitted_changes():
+    """Whether the code differs from that of the commit; not where there is no git to ask."""
+    try:
+        asked = subprocess.run(["git", "status", "--porcelain", "saelib", "notebooks"], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return False
+    return bool(asked.stdout.strip())
 
 
 def processor():
@@ -138,6 +146,8 @@ def processor():
 
 
 def provenance(profile, defaults, seconds):
+    from saelib import origin
+
     return {
         "profile": profile,
         "parameters": {**defaults, "profile": profile},
@@ -146,13 +156,14 @@ def provenance(profile, defaults, seconds):
         "hardware": processor(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
-        "commit": git("rev-parse", "--short=10", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "saelib", "notebooks")),
+        "commit": origin.commit(),
+        "uncommitted_changes": uncommitted_changes(),
     }
 
 
 def duration(seconds):
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    seconds = round(seconds)
+    return f"{seconds} s" if seconds < 100 else f"{seconds // 60} min {seconds % 60} s"
 
 
 def quieten():

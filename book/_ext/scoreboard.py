@@ -214,7 +214,7 @@ def pages_with_scoreboard(app, env, added, changed, removed):
 
 
 def add_assets(app, pagename, templatename, context, doctree):
-    if app.env.metadata.get(pagename, {}).get("scoreboard") and Path(app.srcdir, "book/_static/scoreboard.js").exists():
+    if app.env.metadata.get(pagename, {}).get("scoreboard"):
         app.add_js_file("dom.js", loading_method="defer", priority=400)
         app.add_js_file("scoreboard.js", loading_method="defer")
 
