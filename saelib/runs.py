@@ -190,9 +190,9 @@ _SOURCES: dict[tuple, sources.Source] = {}
 _OPENING = threading.Lock()
 
 
-def open_source(config: RunConfig, device: str = "cpu") -> sources.Source:
+def open_source(config: RunConfig, device: str = "auto") -> sources.Source:
     """The source of a run; members of a sweep that ask for the same share it."""
-    config = config.resolve()
+    config, device = config.resolve(), pick_device(device)
     key = config.subject, config.source_tokens, config.text, config.layer, inputs(config), device
     with _OPENING:
         if key not in _SOURCES:

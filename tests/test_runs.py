@@ -303,7 +303,7 @@ def test_runs_share_a_source_only_where_they_read_the_same(monkeypatch):
     monkeypatch.setattr(runs, "_SOURCES", {})
     monkeypatch.setattr(subjects, "open_source", lambda _, n, *, text, layer, device: opened.append((n, text, layer)) or sources.synthetic(10))
     asked = [config(**changes) for changes in ({}, {"source_tokens": 500}, {"text": "english"}, {"layer": 1}, {"layer": 1, "seed": 1})]
-    found = [runs.open_source(one) for one in asked]
+    found = [runs.open_source(one, device) for one, device in zip(asked, ("auto", *["cpu"] * 4))]
     assert opened == [(2000, None, None), (500, None, None), (2000, "english", None), (2000, None, 1)] and found[3] is found[4]
 
 

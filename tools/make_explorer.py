@@ -121,7 +121,7 @@ def train_pair(settings):
         config = runs.RunConfig("pygpt", method, sparsity, settings.n_latents, settings.n_tokens, settings.batch_size,
                                 profiles.lr_of("pygpt", method, settings.profile), 0, settings.source_tokens)
         say(f"explorer: training {method}, {sparsity:.3g}")
-        return runs.fit_source(runs.open_source(config, "auto"), config)
+        return runs.fit_source(runs.open_source(config), config)
 
     topk, tried, l1_coef = fit("topk", settings.k), [], settings.l1_coef
     while len(tried) < MOST_TRIES:
@@ -326,7 +326,7 @@ def make(profile):
     }
     partial = folder.with_name("explorer.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    mean = runs.open_source(config, "auto").mean
+    mean = runs.open_source(config).mean
     write_data(partial, fits, model, tokenizer, ids, mean, settings.n_contexts, about)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
