@@ -64,7 +64,7 @@ def inputs(config) -> str:
     """A hash of what decides a row's numbers and may change under the same name outside saelib: local files that are the subject or the
     text, the interpreter whose library is the text, a method that is defined elsewhere, its bases and their files. Data files count by name, size and time."""
     parts = [platform.python_version()]
-    for name in {config.subject, config.text} - {None, *subjects.BUILT_IN, *texts.STDLIB_TEXTS}:
+    for name in sorted({config.subject, config.text} - {None, *subjects.BUILT_IN, *texts.STDLIB_TEXTS}):
         files = [p for p in texts.files_of(Path(name)) if p.is_file()]
         parts += [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     for kind in methods.find(config.method).__mro__:

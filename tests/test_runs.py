@@ -470,3 +470,12 @@ def test_a_checkpoint_of_other_activations_with_the_same_mean_is_refused(tmp_pat
         runs.fit_source(sources.from_tensor(X), asked, on_tokens=stop, checkpoint=checkpoint)
     with pytest.raises(ValueError, match="checkpoint is .* of a run with data"):
         runs.fit_source(sources.from_tensor(-X), asked, checkpoint=checkpoint)
+
+
+def test_files_are_the_same_inputs_in_every_process(tmp_path):
+    asked = "import saelib; from saelib import origin; print(origin.inputs(saelib.RunConfig('a.npy', 'topk', 4, 64, 100, text='b.txt')))"
+    for name in ("a.npy", "b.txt"):
+        (tmp_path / name).write_text("x")
+    found = {subprocess.run([sys.executable, "-c", asked], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(origin.PACKAGE.parent), "PYTHONHASHSEED": seed},
+                            capture_output=True, text=True, check=True).stdout for seed in "01"}  # in which a set of these names has two orders
+    assert len(found) == 1
