@@ -34,6 +34,14 @@ def gap_grows(ratios: dict[int, dict[int, float]]):
     return f"ReLU's error over TopK's at L0 32, {text}; growth {said(growth, '.2f')}", [interval(growth)[1] > 1]
 
 
+def lead_lasts(ratios: dict[int, dict[int, float]]):
+    longest = max(ratios)
+    kept = [(ratio - 1) / (ratios[longest // 10][seed] - 1) for seed, ratio in ratios[longest].items()]
+    text = ", ".join(f"{n:,} tokens: {interval(list(by_seed.values()))[0]:.2f}" for n, by_seed in sorted(ratios.items()))
+    return (f"ReLU's error over TopK's at L0 32, {text}; of what it is above 1, the longest keeps {said(kept, '.2f')} of what a tenth of its length has",
+            [min(ratio for by_seed in ratios.values() for ratio in by_seed.values()) > 1, min(kept) >= 0.5])
+
+
 def equal_l0(topk_spread: float, relu_spread: float):
     return f"largest spread of L0 over seeds: TopK {topk_spread:.2%}, ReLU {relu_spread:.1%}", [topk_spread < 0.01, relu_spread > topk_spread]
 

@@ -32,6 +32,40 @@ def at_l0(points: Sequence[tuple[float, float]], l0: float) -> float:
     return float(np.exp(np.interp(math.log(l0), xs, ys)))
 
 
+def error_at(rows: Sequence[dict], l0: float) -> float:
+    """Normalized MSE at a wanted L0, of runs that differ in their knob alone: of the run with that k, else read between two.
+
+    Args:
+        rows: runs of one method and one seed.
+        l0: where to read.
+
+    Returns:
+        The value there; NaN where `at_l0` has none.
+    """
+    for row in rows:
+        if METHODS[row["config"]["method"]].knob == "k" and row["config"]["sparsity"] == l0:
+            return row["metrics"]["normalized_mse"]
+    return at_l0([(row["metrics"]["l0"], row["metrics"]["normalized_mse"]) for row in rows], l0)
+
+
+def at_best_rates(rows: Sequence[dict], l0: float) -> list[dict]:
+    """Those rows that were trained at their method's best learning rate: of all that reach a wanted L0, that with the least error there.
+
+    Args:
+        rows: runs that differ in method, learning rate, knob and seed. The rate is chosen by the first seed alone.
+        l0: where to compare.
+    """
+    best = {}
+    for method in {row["config"]["method"] for row in rows}:
+        by_rate: dict[float, list[dict]] = {}
+        for row in rows:
+            if row["config"]["method"] == method and row["config"]["seed"] == min(r["config"]["seed"] for r in rows):
+                by_rate.setdefault(row["config"]["lr"], []).append(row)
+        errors = {lr: error for lr, members in by_rate.items() if not math.isnan(error := error_at(members, l0))}
+        best[method] = min(errors, key=errors.get, default=None)
+    return [row for row in rows if row["config"]["lr"] == best[row["config"]["method"]]]
+
+
 def ratios(rows: Sequence[dict], over: str, under: str) -> dict[float, dict[int, float]]:
     """How many times `over`'s normalized MSE is `under`'s, for each run of `under`, at that run's own L0.
 

@@ -6,8 +6,8 @@ from saelib import frontiers
 from saelib.runs import RunConfig
 
 
-def row(method, sparsity, seed, l0, mse):
-    return {"config": {"method": method, "sparsity": sparsity, "seed": seed}, "metrics": {"l0": l0, "normalized_mse": mse}}
+def row(method, sparsity, seed, l0, mse, lr=1e-3):
+    return {"config": {"method": method, "sparsity": sparsity, "seed": seed, "lr": lr}, "metrics": {"l0": l0, "normalized_mse": mse}}
 
 
 def test_a_power_law_is_read_exactly_between_its_points():
@@ -24,6 +24,20 @@ def test_ratios_read_the_other_frontier_at_each_runs_own_l0_and_seed():
     rows += [row("topk", k, s, k - 0.5, 1 / (k - 0.5)) for s in (0, 1) for k in (20, 100)]
     found = frontiers.ratios(rows, "relu", "topk")
     assert found[20] == {0: pytest.approx(2), 1: pytest.approx(4)} and found[100] == {}
+
+
+def test_the_error_at_an_l0_is_that_of_the_run_with_that_k_or_read_between():
+    assert frontiers.error_at([row("topk", 16, 0, 16, 0.5), row("topk", 32, 0, 31.9, 0.4)], 32) == 0.4  # where a token has fewer, L0 is below k
+    assert frontiers.error_at([row("relu", 0.1, 0, 16, 0.4), row("relu", 0.2, 0, 64, 0.1)], 32) == pytest.approx(0.2)
+    assert math.isnan(frontiers.error_at([row("relu", 0.1, 0, 16, 0.4)], 32))
+
+
+def test_the_best_rate_is_chosen_by_the_first_seed_among_those_that_reach_the_l0():
+    relu = [row("relu", c, s, l0, error, lr) for s in (0, 1) for lr, error in ((1, 0.3), (2, 0.2), (3, 0.1)) for c, l0 in ((0.1, 40), (0.2, 10 if lr < 3 else 35))]
+    topk = [row("topk", 32, 0, 32, 0.3, 1), row("topk", 32, 0, 32, 0.2, 3), row("topk", 32, 1, 32, 0.1, 1)]
+    kept = frontiers.at_best_rates(relu + topk, 32)
+    assert {(r["config"]["method"], r["config"]["lr"]) for r in kept} == {("relu", 2), ("topk", 3)} and len(kept) == 5
+    assert frontiers.at_best_rates(relu[:1], 32) == []
 
 
 def test_the_interval_over_seeds_is_students():

@@ -60,6 +60,9 @@ AT_BOUNDS = {  # what was measured just inside every bound of a claim, and the v
               NOT: [dict(ratios={"s": {32.0: {0: 1.2, 1: 1.0}}})]}),
     "A3.3": (dict(ratios=GAPS), {NOT: [dict(ratios=GAPS | {512: {0: 1.1, 1: 1.0, 2: 1.0}})]}),  # growth within the noise
     "A3.4": (dict(topk_spread=0.0099, relu_spread=0.01), {PARTLY: [dict(topk_spread=0.01, relu_spread=0.011), dict(relu_spread=0.0099)], NOT: [dict(topk_spread=0.01)]}),
+    "A3.5": (dict(ratios={30: {0: 1.1, 1: 1.01}, 100: {0: 1.2, 1: 1.4}, 1000: {0: 1.1001, 1: 1.3}}),
+             {PARTLY: [dict(ratios={30: {0: 1.1, 1: 1.0}, 100: {0: 1.2, 1: 1.4}, 1000: {0: 1.1001, 1: 1.3}}), dict(ratios={100: {0: 1.2, 1: 1.4}, 1000: {0: 1.099, 1: 1.3}})],
+              NOT: [dict(ratios={100: {0: 1.2}, 1000: {0: 0.99}})]}),
     "M1": (dict(margin=0.011, pair="a, b", definitions="c, d"), {NOT: [dict(margin=0.01), dict(margin=0.0)]}),
     "Y1": (dict(excess=0.0, errors=[0.3, 0.2, 0.19], all_errors=[0.3, 0.5]),
            {PARTLY: [dict(excess=0.1), dict(errors=[0.3, 0.2, 0.2]), dict(all_errors=[0.3, math.nan]), dict(all_errors=[0.3, math.inf])]}),

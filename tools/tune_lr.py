@@ -26,8 +26,7 @@ def score(subject, method, lr):
     n_latents, n_tokens, l0, coefs = SUBJECTS[subject]
     sparsities = (l0,) if method == "topk" else coefs
     rows = sweep([RunConfig(subject, method, k, n_latents, n_tokens, lr=lr) for k in sparsities], STORE, progress=False)
-    points = [(r["metrics"]["l0"], r["metrics"]["normalized_mse"]) for r in rows]
-    return (points[0][1] if method == "topk" else frontiers.at_l0(points, l0)), points
+    return frontiers.error_at(rows, l0), [(r["metrics"]["l0"], r["metrics"]["normalized_mse"]) for r in rows]
 
 
 def main(subjects):
