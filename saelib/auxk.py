@@ -34,7 +34,8 @@ def auxk_term(sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int, prec
         kind: of `Active`, that of the path (see `saelib.sae.PAIRS`), where few of many dead latents are active.
 
     Returns:
-        A scalar; 0, without a gradient, when nothing is dead.
+        A scalar; 0, without a gradient, when nothing is dead. Nor has it a gradient for a ReLU SAE: its dead latents, which did not fire for this
+        batch either, have no positive pre-activation here, while TopK's only lose against others.
 
     Paper: Appendix A.2 (the auxiliary loss)
     """

@@ -70,12 +70,14 @@ def _regroup(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
 
 
 def _whole_shards(folder: Path) -> list[dict]:
-    """What an interrupted harvest left: shards of full size, one after another. The last of a harvest is shorter, and is made again."""
+    """What an interrupted harvest left: whole shards of full size, one after another. From the first that is not one, all are made again."""
     shards = []
     while (path := folder / f"{len(shards):05d}.safetensors").is_file():
-        with safe_open(path, "pt") as shard:
-            n_rows = shard.get_slice("x").get_shape()[0]
-        if n_rows < SHARD_ROWS:
+        try:
+            n_rows = len(_open_shard(path))
+        except SafetensorError:  # damaged
+            break
+        if n_rows < SHARD_ROWS:  # the last of a harvest
             break
         shards.append({"file": path.name, "rows": n_rows})
     return shards
@@ -86,9 +88,13 @@ def _write_shard(path: Path, rows: Tensor) -> dict:
     return {"file": path.name, "rows": len(rows)}
 
 
-def _read_shard(path: Path, n_rows: int) -> Tensor:
+def _open_shard(path: Path) -> Tensor:
     with safe_open(path, "pt") as shard:
-        rows = shard.get_tensor("x")
+        return shard.get_tensor("x")
+
+
+def _read_shard(path: Path, n_rows: int) -> Tensor:
+    rows = _open_shard(path)
     if len(rows) != n_rows:
         raise RuntimeError(f"{path.name} has {len(rows)} rows, not {n_rows}")
     return rows

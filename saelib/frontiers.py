@@ -103,7 +103,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def bisect(config: RunConfig, target_l0: float, *, tolerance: float = 0.05, most: int = 12, store: Path | str | None = None,
-           device: str = "auto") -> list[dict]:
+           device: str = "auto", progress: bool = True) -> list[dict]:
     """Train again and again until L0 is within `tolerance` of `target_l0`, halving the bracket of the knob on a log axis.
 
     The knob starts at `config.sparsity` and moves by a factor of 4 until the target is bracketed.
@@ -116,7 +116,7 @@ def bisect(config: RunConfig, target_l0: float, *, tolerance: float = 0.05, most
     require(target_l0 > 0, "target_l0", target_l0, "above 0")
     rows, below, above = [], None, None  # sparsity with L0 below, above the target
     while len(rows) < most:
-        rows += sweep([config], store, device=device)
+        rows += sweep([config], store, device=device, progress=progress)
         l0 = rows[-1]["metrics"]["l0"]
         if abs(l0 / target_l0 - 1) <= tolerance:
             break

@@ -1,6 +1,7 @@
 """How good an SAE is: sums over tokens, and one division at the end."""
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from math import nan
 
 import numpy
 import torch
@@ -51,7 +52,7 @@ def evaluate(sae, x: Tensor | numpy.ndarray | Iterable[Tensor], mean: Tensor | N
     Returns:
         `normalized_mse`, `explained_variance`, `l0` (mean number of active latents a token), `l1` (mean sum of the
         latents a token), `dead_fraction` (latents that fire on none of these tokens), `short_fraction` (tokens with
-        fewer active latents than the method's k; 0 without a k), `n_tokens`.
+        fewer active latents than the method's k; 0 without a k), `n_tokens`. The first two are NaN where there is nothing to explain.
 
     Raises:
         ValueError: no tokens, a wrong shape, or activations that are not finite.
@@ -82,9 +83,10 @@ def evaluate(sae, x: Tensor | numpy.ndarray | Iterable[Tensor], mean: Tensor | N
     centre = mean_x if mean is None else mean.to(device).double()
     about_centre = (sums["x²"] - 2 * centre * sums["x"] + n_tokens * centre**2).sum()
     about_mean = (sums["x²"] - n_tokens * mean_x**2).sum()
+    rounding = 1e-12 * sums["x²"].sum()  # of activations that do not differ, this is left
     return {
-        "normalized_mse": float(sums["e²"].sum() / about_centre),
-        "explained_variance": float(1 - (sums["e²"] - n_tokens * mean_e**2).sum() / about_mean),
+        "normalized_mse": float(sums["e²"].sum() / about_centre) if about_centre > rounding else nan,
+        "explained_variance": float(1 - (sums["e²"] - n_tokens * mean_e**2).sum() / about_mean) if about_mean > rounding else nan,
         "l0": float(active / n_tokens), "l1": float(l1 / n_tokens),
         "dead_fraction": float(1 - fired.float().mean()), "short_fraction": float(n_short / n_tokens), "n_tokens": n_tokens,
     }

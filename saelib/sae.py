@@ -152,8 +152,14 @@ class SAE(nn.Module):
         grad.addcmul_(along, rows, value=-1)
 
     def save(self, folder: str | Path) -> None:
-        """Write `sae.safetensors` and `sae.json` into `folder`, both whole or neither."""
+        """Write `sae.safetensors` and `sae.json` into `folder`, both whole or neither.
+
+        Raises:
+            ValueError: the weights that lie there are not of this format.
+        """
         folder = Path(folder)
+        foreign = (folder / "sae.safetensors").exists() and not (folder / "sae.json").exists()
+        require(not foreign, "folder", str(folder), "another one than that of an SAE in the format 'sparsify', whose weights have the same name")
         about = {"format": FORMAT, "d_model": self.d_model, "n_latents": self.n_latents, "method": self.method.key,
                  "sparsity": self.method.sparsity, "normalisation": self.normalisation}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}

@@ -80,6 +80,23 @@ def test_an_interrupted_harvest_goes_on_after_the_last_whole_shard(tmp_path, mon
     assert asked == [0, 30]
 
 
+def test_a_damaged_shard_of_an_interrupted_harvest_is_made_again_with_those_after_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "SHARD_ROWS", 10)
+    x, asked = torch.randn(30, 3), []
+
+    def make(start):
+        asked.append(start)
+        return iter(x[start:].split(10))
+
+    cache.cached({}, make, "t")
+    next(tmp_path.rglob("index.json")).unlink()
+    second = next(tmp_path.rglob("00001.safetensors"))
+    second.write_bytes(second.read_bytes()[:-8])
+    torch.testing.assert_close(torch.cat(cache.cached({}, make, "t")), x.half())
+    assert asked == [0, 10]
+
+
 def test_the_cache_may_lie_in_the_home_folder_and_needs_none_if_it_lies_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("SAELIB_CACHE", "~/here")

@@ -49,7 +49,7 @@ def test_the_interval_over_seeds_is_students():
 def test_bisection_ends_at_the_wanted_l0_and_counts_every_run(monkeypatch):
     asked = []
 
-    def fake(configs, store, device):
+    def fake(configs, store, device, progress):
         asked.append(configs[0].sparsity)
         return [{"config": {}, "metrics": {"l0": 3.0 / configs[0].sparsity}}]
 

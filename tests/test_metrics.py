@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -91,6 +92,14 @@ def test_evaluating_changes_nothing():
     saelib.evaluate(sae, x)
     assert all(torch.equal(before[name], tensor) for name, tensor in sae.state_dict().items())
     assert torch.equal(x, x_before) and all(p.grad is None for p in sae.parameters())
+
+
+def test_where_nothing_differs_there_is_nothing_to_explain():
+    sae, x = SAE(6, 20, "topk", 3), torch.full((5, 6), 0.3)
+    measured = saelib.evaluate(sae, x)
+    assert math.isnan(measured["normalized_mse"]) and math.isnan(measured["explained_variance"]) and measured["n_tokens"] == 5
+    about_zero = saelib.evaluate(sae, x, mean=torch.zeros(6))
+    assert about_zero["normalized_mse"] > 0 and math.isnan(about_zero["explained_variance"])
 
 
 def test_nothing_to_evaluate_and_activations_that_are_not_finite_are_refused():

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 import saelib
-from saelib import native
+from saelib import formats, native
 from saelib.sae import SAE, geometric_median
 
 
@@ -55,6 +55,14 @@ def test_loading_refuses_what_is_not_an_sae(tmp_path):
     (tmp_path / "sae.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(ValueError, match="must say format"):
         saelib.load(tmp_path)
+
+
+def test_the_weights_of_another_format_are_not_overwritten(tmp_path):
+    sae = SAE(8, 30, "topk", 4)
+    formats.save(sae, tmp_path, "sparsify")
+    with pytest.raises(ValueError, match="folder is .*: it must be another one than that of an SAE in the format 'sparsify'"):
+        sae.save(tmp_path)
+    assert formats.load(tmp_path, "sparsify").method.k == 4 and not (tmp_path / "sae.json").exists()
 
 
 def test_a_wrong_shape_is_named_with_the_rule():

@@ -195,6 +195,16 @@ def test_auxk_reaches_the_dead_encoder_rows_and_no_others():
     assert torch.equal(touched, dead)
 
 
+def test_auxk_does_not_reach_a_latent_of_relu_that_is_silent_on_the_batch():
+    sae = SAE(16, 40, "relu", 0.1)
+    with torch.no_grad():
+        sae.b_enc[:9] = -100
+    dead = (~sae.run(X[:50]).fired()).nonzero().squeeze(1)
+    term = auxk_term(sae, X[:50], sae(X[:50]), dead, 4)
+    term.backward()
+    assert len(dead) >= 9 and term > 0 and not any(p.grad.to_dense().any() for p in sae.parameters() if p.grad is not None)
+
+
 def test_auxk_predicts_the_residual_without_b_pre_from_the_largest_dead_latents():
     sae, x, dead = SAE(16, 40, "topk", 4), X[:50], torch.arange(10, 30)
     x_hat = sae(x).detach()

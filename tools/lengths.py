@@ -3,7 +3,7 @@
     python tools/lengths.py
 
 The rate is chosen by the first seed, by the normalized MSE at L0 = 32; the other seeds are then trained at that rate. Every run reads the same
-activations, none of them twice. Rows go to saelib/rows/lengths.jsonl, which later calls go on from; chapter 6 draws them. An hour on two cores.
+activations: all that the standard library gives, 2.5 million with Python 3.11, so that only the longest read some twice. Rows go to saelib/rows/lengths.jsonl, which later calls go on from; chapter 6 draws them. An hour on two cores.
 """
 from pathlib import Path
 
