@@ -13,6 +13,7 @@ from saelib.runs import RunConfig
 from saelib.sweeps import sweep
 
 CONFIDENCE = 0.95
+LENGTHS = Path(__file__).parent / "rows" / "lengths.jsonl"  # what tools/lengths.py keeps, in the package, so that an installed one can draw it
 
 
 def at_l0(points: Sequence[tuple[float, float]], l0: float) -> float:

@@ -5,11 +5,8 @@
 The rate is chosen by the first seed, by the normalized MSE at L0 = 32; the other seeds are then trained at that rate. Every run reads the same
 activations: all that the standard library gives, 2.5 million with Python 3.11, so that only the longest read some twice. Rows go to saelib/rows/lengths.jsonl, which later calls go on from; chapter 6 draws them. An hour on two cores.
 """
-from pathlib import Path
-
 from saelib import RunConfig, frontiers, sweep
 
-STORE = Path(__file__).parents[1] / "saelib" / "rows" / "lengths.jsonl"
 SUBJECT, N_LATENTS, L0, N_SEEDS = "pygpt", 1024, 32, 3
 LENGTHS = (3_000_000, 1_000_000, 300_000, 100_000)
 GRID = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
@@ -24,9 +21,9 @@ def configs(method, lrs, seeds, n_tokens):
 
 def main():
     for n_tokens in LENGTHS:
-        searched = sweep([c for method in SPARSITIES for c in configs(method, GRID, (0,), n_tokens)], STORE)
+        searched = sweep([c for method in SPARSITIES for c in configs(method, GRID, (0,), n_tokens)], frontiers.LENGTHS)
         best = {row["config"]["method"]: row["config"]["lr"] for row in frontiers.at_best_rates(searched, L0)}
-        again = sweep([c for method, lr in best.items() for c in configs(method, (lr,), range(1, N_SEEDS), n_tokens)], STORE)
+        again = sweep([c for method, lr in best.items() for c in configs(method, (lr,), range(1, N_SEEDS), n_tokens)], frontiers.LENGTHS)
         ratios = frontiers.ratios(frontiers.at_best_rates(searched + again, L0), "relu", "topk")[L0]
         print(f"{n_tokens} tokens: best rates {best}; error of ReLU over TopK's at L0 {L0}: {ratios}", flush=True)
 
