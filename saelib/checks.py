@@ -1,9 +1,14 @@
 """Bad input, in one line; and arrays, which are good input."""
 import warnings
+from numbers import Real
 
 import numpy
 import torch
 from torch import Tensor
+
+
+UNIT_NORM = "unit_norm"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def require(holds: bool, name: str, value, rule: str) -> None:
@@ -12,10 +17,27 @@ def require(holds: bool, name: str, value, rule: str) -> None:
         raise ValueError(f"{name} is {value!r}: it must be {rule}")
 
 
-def as_tensor(x: Tensor | numpy.ndarray) -> Tensor:
-    """The same activations as a tensor: over an array's own memory where torch can read that, else a copy."""
+def is_whole(value) -> bool:
+    """Whether it is a number without a fraction, small enough to be exact as a float."""
+    return isinstance(value, Real) and value == value // 1 and abs(value) < 2**53
+
+
+def check_normalisation(value: str) -> None:
+    """Raise ValueError unless it is the name of something that is done to activations."""
+    require(value in ("none", UNIT_NORM), "normalisation", value, f"'none' or {UNIT_NORM!r}")
+
+
+def as_tensor(x):
+    """An array of activations as a tensor: over its own memory where torch can read that, else a copy. Anything else as it is."""
     if not isinstance(x, numpy.ndarray):
         return x
+    require(x.dtype.kind in "fiu" and x.dtype.itemsize <= 8, "source", f"an array of {x.dtype}", "one of numbers that torch has")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing here writes to activations
         return torch.from_numpy(numpy.ascontiguousarray(x, x.dtype.newbyteorder("=")))
+
+
+def check_finite(terms: dict[str, Tensor], step: int) -> None:
+    """Raise FloatingPointError, with the step and the terms, unless every term is finite."""
+    if not all(torch.isfinite(term) for term in terms.values()):
+        raise FloatingPointError(f"loss is not finite at step {step}: " + ", ".join(f"{k} = {v.item():g}" for k, v in terms.items()))

@@ -11,11 +11,18 @@ from safetensors import SafetensorError
 
 from saelib.checks import require
 
-DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, UnpicklingError, EOFError, OSError, KeyError, TypeError, AttributeError, RuntimeError)
+DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, UnpicklingError, EOFError, OSError, LookupError, TypeError, AttributeError, RuntimeError)
 
 
 def write_whole(files: dict[Path, Callable[[Path], object]]) -> None:
-    """Let each function write its file beside its place, and move them there once all are whole. What was there before stays until then."""
+    """Let each function write its file beside its place, and move them there once all are whole. What was there before stays until then.
+
+    Raises:
+        ValueError: some of them are there and some are not: those belong to something else.
+    """
+    there = [path for path in files if path.exists()]
+    if there:
+        require(len(there) == len(files), "folder", str(there[0].parent), f"another one: {there[0].name} lies there, and no {' and '.join(p.name for p in files if p not in there)} with it")
     partials = {path: path.with_name(f"{path.name}.{os.getpid()}.partial") for path in files}
     try:
         for path, write in files.items():

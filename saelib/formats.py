@@ -18,20 +18,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saelib.checks import require
+from saelib.checks import UNIT_NORM, require
 from saelib.files import json_of, reading, write_whole
 from saelib.sae import SAE
-from saelib.sources import UNIT_NORM
 
 SAELENS = "6.0.0"  # whose files are written: without a version its loader takes them for older ones, and drops their metadata
 
 
 def build(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_pre: Tensor, method: str, sparsity: float, normalisation: str = "none") -> SAE:
     """An SAE of these weights, both matrices with one row a latent."""
-    sae = SAE(W_enc.shape[1], len(W_enc), method, sparsity, normalisation=normalisation).to(W_enc.device)
-    with torch.no_grad():
-        for own, theirs in ((sae.W_enc, W_enc), (sae.b_enc, b_enc), (sae.W_dec, W_dec), (sae.b_pre, b_pre)):
-            own.copy_(theirs)
+    sae = SAE(W_enc.shape[1], len(W_enc), method, sparsity, normalisation=normalisation)
+    for name, theirs in (("W_enc", W_enc), ("b_enc", b_enc), ("W_dec", W_dec), ("b_pre", b_pre)):
+        own = getattr(sae, name).detach()
+        require(theirs.shape == own.shape, name, f"of shape {list(theirs.shape)}", f"of shape {list(own.shape)}")
+        own.copy_(theirs)
     return sae.eval()
 
 
@@ -101,7 +101,6 @@ def read_saelens(folder: Path) -> SAE:
 
 def write_sparsify(sae: SAE, folder: Path) -> None:
     require(sae.method.key in ("topk", "multi_topk"), "method", sae.method.key, "topk or multi_topk for the format 'sparsify'")
-    require(not (folder / "sae.json").exists(), "folder", str(folder), "another one than that of `SAE.save`, whose weights have the same name in the format 'sparsify'")
     W_enc, b_enc, W_dec, b_pre = weights(sae)
     tensors = {"encoder.weight": W_enc, "encoder.bias": b_enc, "W_dec": W_dec, "b_dec": b_pre}
     about = {"activation": "topk", "num_latents": sae.n_latents, "k": sae.method.k, "d_in": sae.d_model,
@@ -191,7 +190,8 @@ def save(sae: SAE, folder: str | Path, format: str, **metadata) -> None:
             should keep. The other formats have no place for it.
 
     Raises:
-        ValueError: an unknown format, an SAE or metadata that it cannot hold, or a BatchTopK SAE that was never trained. Nothing is written then.
+        ValueError: an unknown format, an SAE or metadata that it cannot hold, a BatchTopK SAE that was never trained, or a folder
+            with another format's files of the same name. Nothing is written then.
     """
     write = of(format)[0]
     require(not metadata or write is write_saelens, "format", format, f"'saelens' to keep {', '.join(metadata)}")

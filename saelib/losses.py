@@ -15,6 +15,8 @@ class _SquaredError(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        if torch.is_grad_enabled():  # for create_graph: the residual is part of no graph, and what it adds would be missing
+            raise RuntimeError("squared_error has a first derivative only")
         residual, = ctx.saved_tensors
         slope = residual.mul_(grad * 2 / len(residual))
         return -slope if ctx.needs_input_grad[0] else None, slope

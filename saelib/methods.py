@@ -1,5 +1,6 @@
 """The methods: an activation function with its penalty. A new one is one class here and one entry in `METHODS`."""
 from collections.abc import Callable
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -7,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saelib import losses
-from saelib.checks import require
+from saelib.checks import is_whole, require
 
 THRESHOLD_RATE = 0.1  # weight of the newest batch in BatchTopK's running mean, at least: ten steps, for a short run's cuts still fall
 
@@ -29,6 +30,7 @@ class Method(nn.Module):
 
     def __init__(self, n_latents: int, sparsity: float):
         super().__init__()
+        require(isinstance(sparsity, Real), "sparsity", sparsity, "a number")
         self.n_latents, self.sparsity = n_latents, sparsity
         self.check()
 
@@ -77,7 +79,7 @@ class TopK(Method):
     key, label, knob, grid = "topk", "TopK", "k", (8, 16, 32, 64, 128)
 
     def check(self) -> None:
-        if not (1 <= self.sparsity <= self.n_latents and self.sparsity == self.sparsity // 1):
+        if not (is_whole(self.sparsity) and 1 <= self.sparsity <= self.n_latents):
             raise ValueError(f"sparsity is {self.sparsity!r}: k must be a whole number from 1 to n_latents = {self.n_latents}")
 
     @property

@@ -10,16 +10,17 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from saelib import dense
-from saelib.checks import as_tensor
+from saelib.checks import as_tensor, require
 
 BATCH = 2048
 MATCH = 0.9  # cosine similarity above which a decoder row counts as a true feature
 
 
-def rows(x: Tensor | numpy.ndarray | Iterable[Tensor]) -> Iterable[Tensor]:
-    """Batches of activations, float32: a tensor is cut into pieces, an iterable is passed on, but for what is empty."""
-    x = as_tensor(x) if isinstance(x, numpy.ndarray) else x
-    for batch in x.split(BATCH) if isinstance(x, Tensor) else x:
+def rows(x: Tensor | numpy.ndarray | Iterable) -> Iterable[Tensor]:
+    """Batches of activations, float32: a tensor or an array is cut into pieces, an iterable of such is passed on, but for what is empty."""
+    whole = isinstance(x, Tensor | numpy.ndarray)
+    for batch in as_tensor(x).split(BATCH) if whole else map(as_tensor, x):
+        require(isinstance(batch, Tensor), "x", f"batches of {type(batch).__name__}", "batches that are tensors or arrays [batch, d_model]")
         if len(batch):
             yield batch.float()
 
@@ -36,7 +37,7 @@ def judging(sae) -> Iterator[None]:
 
 
 @torch.no_grad()
-def evaluate(sae, x: Tensor | numpy.ndarray | Iterable[Tensor], mean: Tensor | None = None) -> dict[str, float]:
+def evaluate(sae, x: Tensor | numpy.ndarray | Iterable, mean: Tensor | numpy.ndarray | None = None) -> dict[str, float]:
     """Reconstruction and sparsity of an SAE on held-out activations. It changes nothing in the SAE.
 
     normalized_mse     = Σ_b ||x_b - x_hat_b||² / Σ_b ||x_b - mean||²
@@ -46,7 +47,7 @@ def evaluate(sae, x: Tensor | numpy.ndarray | Iterable[Tensor], mean: Tensor | N
 
     Args:
         sae: the autoencoder.
-        x: activations [n_tokens, d_model], a tensor or an array, or an iterable of tensors, batch by batch.
+        x: activations [n_tokens, d_model], a tensor or an array, or an iterable of those, batch by batch.
         mean: what the trivial predictor says, the mean of the TRAINING activations; the mean of `x` if None.
 
     Returns:
@@ -61,7 +62,8 @@ def evaluate(sae, x: Tensor | numpy.ndarray | Iterable[Tensor], mean: Tensor | N
     """
     device = sae.W_dec.device
     n_tokens, n_short, active, l1, fired = 0, 0, 0, 0.0, torch.zeros(sae.n_latents, dtype=torch.bool, device=device)
-    scratch = dense.Scratch()
+    scratch, mean = dense.Scratch(), as_tensor(mean)
+    require(mean is None or mean.shape == (sae.d_model,), "mean", mean, f"None, or of shape [d_model = {sae.d_model}]")
     sums = {name: torch.zeros(sae.d_model, dtype=torch.float64, device=device) for name in ("x", "x²", "e", "e²")}
     for batch in rows(x):
         batch = batch.to(device)
@@ -69,7 +71,7 @@ def evaluate(sae, x: Tensor | numpy.ndarray | Iterable[Tensor], mean: Tensor | N
         with judging(sae):
             out = sae.run(batch, scratch=scratch)
         error, l0 = (batch - out.x_hat).double(), (out.latents != 0).sum(1)
-        n_tokens, active, l1 = n_tokens + len(batch), active + l0.sum(), l1 + out.latents.sum().double()
+        n_tokens, active, l1 = n_tokens + len(batch), active + l0.sum(), l1 + out.latents.sum(dtype=torch.float64)
         n_short += (l0 < getattr(sae.method, "k", 0)).sum()
         fired |= out.fired()
         for name, value in (("x", batch.double()), ("e", error)):

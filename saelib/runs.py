@@ -3,7 +3,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from math import inf
 from numbers import Real
 from pathlib import Path, PurePath
 from typing import NamedTuple
@@ -14,20 +13,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from saelib import methods, metrics, sources, subjects
-from saelib.checks import require
+from saelib.checks import is_whole, require
 from saelib.files import plain
 from saelib.modes import own_modes
 from saelib.origin import inputs, provenance
 from saelib.sae import SAE, geometric_median
 from saelib.selection import has_kernels
 from saelib.subjects import pick_device
-from saelib.train import paper_lr, train
+from saelib.train import BOUNDS, PATHS, paper_lr, train
 
 MEDIAN_ROWS = 8192
 BF16_WEIGHTS = 2**16
 SEEDS = 2**43  # from here on the numbers of a shuffle's epochs (see `Source.batches`) no longer fit
 OPTIONAL = "lr", "source_tokens", "layer", "penalty_warmup", "dead_after"  # what `resolve` fills in, or the subject
-PATHS, PRECISIONS = ("auto", "sparse", "graph", "native", "dense"), ("auto", "fp32", "bf16")
+PRECISIONS = "auto", "fp32", "bf16"
 
 
 @dataclass(frozen=True)
@@ -55,17 +54,17 @@ class RunConfig:
         for name, value in vars(self).items():  # numpy's numbers are no JSON, nor do checkpoints hold them
             if isinstance(value, (numpy.generic, PurePath)):
                 object.__setattr__(self, name, plain(value))
-        whole = {"n_latents": 1, "n_tokens": 1, "batch_size": 1, "seed": 0, "source_tokens": 1, "layer": 0, "dead_after": 1}
+        whole = {"n_latents": 1, "n_tokens": 1, "batch_size": 1, "seed": 0, "source_tokens": 1, "layer": 1, "dead_after": 1}
         for name, least in whole.items():
             value = getattr(self, name)
             require(value is None and name in OPTIONAL or is_whole(value) and value >= least, name, value, f"a whole number, {least} or more")
         require(self.seed < SEEDS, "seed", self.seed, f"below {SEEDS}")
-        for name, (low, high) in {"sparsity": (-inf, inf), "lr": (0, inf), "penalty_warmup": (0, 1), "auxk_coef": (0, inf), "ema_decay": (0, 0.999999)}.items():
+        for name, (low, high) in BOUNDS.items():
             value = getattr(self, name)
             require(value is None and name in OPTIONAL or isinstance(value, Real) and low <= value <= high, name, value, f"a number from {low:g} to {high:g}")
-        require(self.path in PATHS, "path", self.path, f"one of {', '.join(PATHS)}")
+        require(self.path in ("auto", *PATHS), "path", self.path, f"one of auto, {', '.join(PATHS)}")
         require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
-        for name in (*whole, "sparsity"):  # 4.0 becomes 4, so that a row of a store is found again
+        for name in vars(self):  # 4.0 becomes 4, so that a row of a store is found again
             if is_whole(getattr(self, name)):
                 object.__setattr__(self, name, int(getattr(self, name)))
         methods.make(self.method, self.n_latents, self.sparsity)  # refuses what it does not take
@@ -76,10 +75,6 @@ class RunConfig:
         rules = {"lr": paper_lr(self.n_latents), "source_tokens": self.n_tokens, "penalty_warmup": 0.1,
                  "dead_after": min(10_000_000, max(1, self.n_tokens // 10))}
         return replace(self, **{name: value for name, value in rules.items() if getattr(self, name) is None})
-
-
-def is_whole(value) -> bool:
-    return isinstance(value, Real) and value == value // 1 and abs(value) < 2**53
 
 
 class Fit(NamedTuple):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from saelib import dense, kernels, methods, native, pairs
-from saelib.checks import require
+from saelib.checks import check_normalisation, is_whole, require
 from saelib.files import json_of, reading, write_whole
 
 FORMAT = "saelib-1"
@@ -59,7 +59,7 @@ class SAE(nn.Module):
         seed: of the initial directions.
 
     Raises:
-        ValueError: a size below 1, an unknown method, or a sparsity that the method does not take.
+        ValueError: a size below 1, an unknown method or normalisation, or a sparsity that the method does not take.
 
     Paper: §2.2, Eq. (1)
     """
@@ -68,7 +68,8 @@ class SAE(nn.Module):
                  normalisation: str = "none", seed: int = 0):
         super().__init__()
         for name, value in (("d_model", d_model), ("n_latents", n_latents)):
-            require(value >= 1, name, value, "1 or more")
+            require(is_whole(value) and value >= 1, name, value, "a whole number, 1 or more")
+        check_normalisation(normalisation)
         self.d_model, self.n_latents, self.normalisation = d_model, n_latents, normalisation
         self.method = methods.make(method, n_latents, sparsity)
         rows = torch.randn(n_latents, d_model, generator=torch.Generator().manual_seed(seed))
@@ -77,7 +78,8 @@ class SAE(nn.Module):
         self.b_enc, self.b_pre = nn.Parameter(torch.zeros(n_latents)), nn.Parameter(torch.zeros(d_model))
 
     def check(self, x: Tensor) -> None:
-        """Raise ValueError unless x is [batch, d_model]."""
+        """Raise ValueError unless x is [batch, d_model], of floating-point numbers."""
+        require(x.is_floating_point(), "x", f"of {x.dtype}", "of floating-point numbers")
         if x.dim() != 2 or x.shape[1] != self.d_model:
             raise ValueError(f"x has shape {list(x.shape)}: it must be [batch, d_model = {self.d_model}]")
 
@@ -143,6 +145,9 @@ class SAE(nn.Module):
         """Scale each decoder row to unit norm. Paper: Appendix A.1"""
         self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
 
+    def extra_repr(self) -> str:
+        return f"d_model={self.d_model}, n_latents={self.n_latents}, {self.method.knob}={self.method.sparsity:g}"
+
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
         """Remove from each decoder row's gradient the part parallel to the row: it would only change the norm,
@@ -155,11 +160,9 @@ class SAE(nn.Module):
         """Write `sae.safetensors` and `sae.json` into `folder`, both whole or neither.
 
         Raises:
-            ValueError: the weights that lie there are not of this format.
+            ValueError: the weights or the description that lie there are of another format.
         """
         folder = Path(folder)
-        foreign = (folder / "sae.safetensors").exists() and not (folder / "sae.json").exists()
-        require(not foreign, "folder", str(folder), "another one than that of an SAE in the format 'sparsify', whose weights have the same name")
         about = {"format": FORMAT, "d_model": self.d_model, "n_latents": self.n_latents, "method": self.method.key,
                  "sparsity": self.method.sparsity, "normalisation": self.normalisation}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}

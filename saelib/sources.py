@@ -12,10 +12,9 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saelib.checks import as_tensor, require
+from saelib.checks import FLOATS, UNIT_NORM, as_tensor, check_normalisation, require
 from saelib.files import reading
 
-UNIT_NORM = "unit_norm"
 FILE_TYPES = (".npy", ".safetensors")
 PIECE_ROWS = 2**17  # tokens looked at in one go
 SAMPLE_ROWS = 2**13
@@ -44,7 +43,7 @@ def normalise(x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_mod
     return (centred / size).masked_fill(size <= rounding, 0)  # what is left of a constant vector is rounding, and would get unit norm
 
 
-@dataclass
+@dataclass(eq=False)
 class Source:
     """Activations to train on and others, held out, to judge by.
 
@@ -60,7 +59,8 @@ class Source:
 
     def __post_init__(self):
         require(len(self.shards) > 0, "shards", self.shards, "a list of one tensor or more")
-        self.shards, self.held_out = [shard.detach() for shard in self.shards], self.held_out.detach()
+        check_normalisation(self.normalisation)
+        self.shards, self.held_out = [as_tensor(shard).detach() for shard in self.shards], as_tensor(self.held_out).detach()
         for tensor in [*self.shards, self.held_out]:
             check_activations(tensor)
             require(tensor.shape[1] == self.d_model, "source", f"of widths {tensor.shape[1]} and {self.d_model}", "of one width, d_model")
@@ -146,8 +146,8 @@ def check_activations(x: Tensor) -> None:
         raise ValueError(f"source has shape {list(x.shape)}: it must be [n_tokens, d_model]")
     if x.numel() == 0:
         raise ValueError(f"source has shape {list(x.shape)}: it must hold at least one token")
-    if not x.is_floating_point():
-        raise ValueError(f"source has dtype {x.dtype}: it must be a floating-point tensor")
+    dense_floats = x.dtype in FLOATS and x.layout == torch.strided
+    require(dense_floats, "source", f"a tensor of {x.dtype}, {x.layout}", f"a dense one of {', '.join(map(str, FLOATS))}")
     for piece in x.split(PIECE_ROWS):
         if not torch.isfinite(piece).all():
             bad = int((~torch.isfinite(x).all(1)).nonzero()[0])
@@ -167,7 +167,7 @@ def from_tensor(x: Tensor | numpy.ndarray, name: str = "tensor", held_out_fracti
     Raises:
         ValueError: not [n_tokens, d_model], fewer than two tokens, not floating point, or not finite.
     """
-    require(normalisation in ("none", UNIT_NORM), "normalisation", normalisation, f"'none' or {UNIT_NORM!r}")
+    check_normalisation(normalisation)
     x = as_tensor(x)
     check_activations(x)
     if normalisation == UNIT_NORM:
@@ -182,11 +182,10 @@ def from_tensor(x: Tensor | numpy.ndarray, name: str = "tensor", held_out_fracti
 def from_file(path: Path, n_tokens: int) -> Source:
     """A source from a `.npy` or `.safetensors` file with one [n_tokens, d_model] array; rows are normalised here."""
     with reading("subject", path, "be a readable .npy or .safetensors file of one array"):
-        tensors = {"": torch.from_numpy(numpy.load(path, mmap_mode="c"))} if path.suffix == ".npy" else load_file(path)
+        tensors = {"": as_tensor(numpy.load(path, mmap_mode="r"))} if path.suffix == ".npy" else load_file(path)
     require(len(tensors) == 1, "source", f"{path.name} with tensors {', '.join(tensors)}", "a file with one tensor")
-    x, = tensors.values()
-    source = from_tensor(x, path.name, normalisation=UNIT_NORM)
-    return Source(path.name, [source.shards[0][:n_tokens]], source.held_out, UNIT_NORM)
+    source = from_tensor(*tensors.values(), path.name)
+    return Source(path.name, [normalise(source.shards[0][:n_tokens])], normalise(source.held_out), UNIT_NORM)
 
 
 def synthetic(n_tokens: int, *, d_model: int = 64, n_features: int = 256, l0: float = 8.0, exponent: float = 0.7,

@@ -5,6 +5,7 @@ package ships, and any other name goes to Hugging Face's `from_pretrained`.
 """
 import hashlib
 import sys
+import threading
 from array import array
 from collections.abc import Iterator
 from functools import partial
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from saelib import cache, sources, texts
-from saelib.checks import require
+from saelib.checks import UNIT_NORM, is_whole, require
 from saelib.files import reading
 from saelib.products import multiplies_bf16
 
@@ -27,6 +28,7 @@ DEPTH = 0.75  # the residual stream is read this far through the model: after la
 WINDOWS = 64  # windows in one forward pass
 SPREAD = 4  # windows are drawn from a text this many times as long, so that a short run sees many files
 HELD_OUT_TOKENS = 16_384
+LOADING = threading.Lock()  # transformers can't load in two threads at once
 BUILT_IN = "synthetic", "pygpt", "minilm"  # names that stand for the same wherever they are used
 TEXT_OF = {"pygpt": "python", "minilm": "english", "gpt2": "Skylion007/openwebtext"}  # what a subject reads unless told otherwise
 
@@ -55,7 +57,7 @@ def load(subject: str, device: str = "cpu"):
     """The model and the tokenizer of a subject, ready to be read. `trust_remote_code` is never set."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
     folder = folder_of(subject)
-    with reading("subject", subject, "be 'synthetic', 'pygpt', 'minilm', a .npy or .safetensors file, or a Hugging Face model by hub name or local folder"):
+    with LOADING, reading("subject", subject, "be 'synthetic', 'pygpt', 'minilm', a .npy or .safetensors file, or a Hugging Face model by hub name or local folder"):
         causal = any("CausalLM" in name or "LMHead" in name for name in AutoConfig.from_pretrained(folder).architectures or [])
         model = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(folder, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -137,9 +139,9 @@ def windows(documents: Iterator[str], tokenizer, n_windows: int) -> Tensor:
     return torch.cat([torch.tensor(before).long().expand(len(cut), -1), cut, torch.tensor(after).long().expand(len(cut), -1)], 1)
 
 
-def pick_device(device: str) -> str:
+def pick_device(device: str | torch.device) -> str:
     """The device that "auto" stands for: the GPU if there is one."""
-    there = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    device, there = str(device), ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     require(device in ("auto", *there), "device", device, f"'auto' or one that is here: {', '.join(map(repr, there))}")
     return there[-1] if device == "auto" else device
 
@@ -152,7 +154,7 @@ def fast_dtype(device: str) -> torch.dtype:
 
 def harvest(model: nn.Module, ids: Tensor, layer: int, inner: slice, device: str) -> Iterator[Tensor]:
     """Normalised activations of windows of token ids, [n, d_model] at a time; `inner` cuts special tokens off a window."""
-    for some in ids.split(WINDOWS):
+    for some in ids.split(WINDOWS) if len(ids) else ():  # of nothing, one empty piece
         with torch.autocast(device, fast_dtype(device), enabled=fast_dtype(device) != torch.float32):
             stream = residual_stream(model, some.to(device), layer)[:, inner]
         yield sources.normalise(stream.reshape(-1, stream.shape[-1]).float()).cpu()
@@ -173,7 +175,7 @@ def activations(subject: str, text: str, split: str, n_tokens: int, layer: int |
 
 
 def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: int | None = None,
-                device: str = "cpu") -> sources.Source:
+                device: str = "auto") -> sources.Source:
     """A source by name: `synthetic`, or the residual stream of a language model, harvested once and then cached.
 
     Args:
@@ -190,22 +192,24 @@ def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: 
 
     Paper: §2.1
     """
-    require(n_tokens >= 1, "n_tokens", n_tokens, "1 or more")
-    device = pick_device(device)
-    if subject == "synthetic":
-        return sources.synthetic(n_tokens)
-    if Path(subject).suffix in sources.FILE_TYPES:
-        return sources.from_file(Path(subject), n_tokens)
+    require(is_whole(n_tokens) and n_tokens >= 1, "n_tokens", n_tokens, "a whole number, 1 or more")
+    require(layer is None or is_whole(layer) and layer >= 1, "layer", layer, "a whole number, 1 or more")
+    device, n_tokens = pick_device(device), int(n_tokens)
+    is_file = Path(subject).suffix in sources.FILE_TYPES
+    if subject == "synthetic" or is_file:
+        for name, value in (("text", text), ("layer", layer)):
+            require(value is None, name, value, f"None for {subject}, which no model reads")
+        return sources.from_file(Path(subject), n_tokens) if is_file else sources.synthetic(n_tokens)
     text = text or TEXT_OF.get(subject)
     if text is None:
         raise ValueError(f"text is None: subject {subject!r} needs 'python', 'english', a local file or folder, or a data set's name")
     n_held_out, parts = max(HELD_OUT_TOKENS, n_tokens // 10), {}
-    key = {"subject": model_key(subject), "text": texts.fingerprint(text), "layer": layer, "context": CONTEXT, "normalisation": sources.UNIT_NORM,
+    key = {"subject": model_key(subject), "text": texts.fingerprint(text), "layer": layer, "context": CONTEXT, "normalisation": UNIT_NORM,
            "dtype": str(fast_dtype(device)), "code": CODE}
     for split, n in (("test", n_held_out), ("train", n_tokens)):  # a text too short for the first is refused at once
         make = partial(activations, subject, text, split, n, layer, device)
         parts[split] = cache.cached(key | {"split": split, "n_tokens": n}, make, f"{Path(subject).name}-{split}")
-    return sources.Source(subject, parts["train"], torch.cat(parts["test"]).float(), sources.UNIT_NORM)
+    return sources.Source(subject, parts["train"], torch.cat(parts["test"]).float(), UNIT_NORM)
 
 
 def model_key(subject: str) -> str:

@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -142,6 +143,7 @@ def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, devi
 
     with bar:
         side_by_side(member, todo, device, stop)
-    if store and checkpoints.is_dir() and not any(checkpoints.iterdir()):
-        checkpoints.rmdir()
+    if store:
+        with suppress(OSError):  # not there, or another sweep's are in it
+            checkpoints.rmdir()
     return [done[config] for config in configs]

@@ -3,19 +3,21 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from saelib import dense, graphs, kernels, losses, pairs
+from saelib import checkpoints, dense, graphs, kernels, losses, pairs
 from saelib.auxk import auxk_term, default_k_aux
-from saelib.checks import require
-from saelib.files import reading, write_whole
+from saelib.checks import check_finite, is_whole, require
 from saelib.modes import own_modes
 from saelib.sae import PAIRS, SAE, Output
 
 BETAS, EPS = (0.9, 0.999), 6.25e-10  # Paper: Appendix A.3
+BOUNDS = {"lr": (0, math.inf), "penalty_warmup": (0, 1), "auxk_coef": (0, math.inf), "ema_decay": (0, 0.999999)}
+PATHS = "sparse", "graph", "native", "dense"
 LOG_POINTS = 100
 CHECKPOINT_SECONDS = 60
 LOOK_EVERY = 16  # steps after which a GPU is asked again how many latents could be dead
@@ -29,6 +31,11 @@ def paper_lr(n_latents: int) -> float:
 def schedule(step: int, n_steps: int) -> float:
     """What multiplies the learning rate: up over the first 5 % of the steps, 1, and down to 0 over the last 20 %."""
     return min(1.0, (step + 1) / (0.05 * n_steps), (n_steps - step) / (0.2 * n_steps))
+
+
+def warmed(step: int, n_steps: int, penalty_warmup: float) -> float:
+    """What multiplies the method's penalty: up from 0 over the first `penalty_warmup` of the steps, then 1."""
+    return min(1.0, step / n_steps / penalty_warmup) if penalty_warmup else 1.0
 
 
 class Loop:
@@ -162,10 +169,17 @@ class Loop:
                                  **{name: float(term) for name, term in terms.items()}})
 
 
-def check_finite(terms: dict[str, Tensor], step: int) -> None:
-    """Raise FloatingPointError, with the step and the terms, unless every term is finite."""
-    if not all(torch.isfinite(term) for term in terms.values()):
-        raise FloatingPointError(f"loss is not finite at step {step}: " + ", ".join(f"{k} = {v.item():g}" for k, v in terms.items()))
+def check(sae: SAE, path: str, k_aux: int | None, n_steps: int, **numbers: float) -> None:
+    """Raise ValueError unless `sae` can be trained with these arguments of `train`."""
+    require(sae.W_dec.dtype in (torch.float32, torch.float64), "sae", f"of {sae.W_dec.dtype}", "of float32 weights: precision='bf16' multiplies in bfloat16")
+    require(path in PATHS, "path", path, f"one of {', '.join(PATHS)}")
+    if path == "graph":
+        graphs.check(sae)
+    require(is_whole(n_steps) and n_steps >= 1, "n_steps", n_steps, "a whole number, 1 or more")
+    require(k_aux is None or is_whole(k_aux) and k_aux >= 1, "k_aux", k_aux, "a whole number, 1 or more")
+    for name, value in numbers.items():
+        low, high = BOUNDS[name]
+        require(isinstance(value, Real) and low <= value <= high, name, value, f"a number from {low:g} to {high:g}")
 
 
 @own_modes()
@@ -202,23 +216,24 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
 
     Paper: §2.4, §3.1, Appendix A
     """
-    if path == "graph":
-        graphs.check(sae)
     lr = paper_lr(sae.n_latents) if lr is None else lr
+    check(sae, path, k_aux, n_steps, penalty_warmup=penalty_warmup, auxk_coef=auxk_coef, ema_decay=ema_decay,
+          lr=lr)
     k_aux = default_k_aux(sae.d_model) if k_aux is None else k_aux
     loop = Loop(sae, lr, dead_after, auxk_coef, k_aux, ema_decay)
-    about = {"d_model": sae.d_model, "n_latents": sae.n_latents, "method": sae.method.key, "sparsity": sae.method.sparsity, "n_steps": n_steps, "lr": lr, "penalty_warmup": penalty_warmup,
-             "auxk_coef": auxk_coef, "k_aux": k_aux, "dead_after": dead_after, "ema_decay": ema_decay, **(run or {})}
+    about = checkpoints.describe(d_model=sae.d_model, n_latents=sae.n_latents, method=sae.method.key, sparsity=sae.method.sparsity, n_steps=n_steps, lr=lr,
+                                 penalty_warmup=penalty_warmup, auxk_coef=auxk_coef, k_aux=k_aux, dead_after=dead_after, ema_decay=ema_decay, **(run or {}))
     sae.train()
-    if checkpoint:
-        load_checkpoint(loop, Path(checkpoint), about)
+    kept = checkpoint and Path(checkpoint)
+    if kept and kept.exists():
+        loop.restore(checkpoints.load(kept, about, sae.W_dec.device))
     saved, log_every = time.monotonic(), max(1, n_steps // LOG_POINTS)
     for x in islice(batches(loop.step), n_steps - loop.step):
-        progress = loop.step / n_steps
-        loop.one(x.to(sae.W_dec.device, sae.W_dec.dtype, non_blocking=True), schedule(loop.step, n_steps), min(1.0, progress / penalty_warmup) if penalty_warmup else 1.0,
-                 path, precision, log=(loop.step + 1) % log_every == 0 or loop.step + 1 == n_steps)
-        if checkpoint and time.monotonic() - saved > CHECKPOINT_SECONDS:
-            save_checkpoint(loop, Path(checkpoint), about)
+        x = x.to(sae.W_dec.device, sae.W_dec.dtype, non_blocking=True)
+        log = (loop.step + 1) % log_every == 0 or loop.step + 1 == n_steps
+        loop.one(x, schedule(loop.step, n_steps), warmed(loop.step, n_steps, penalty_warmup), path, precision, log)
+        if kept and time.monotonic() - saved > CHECKPOINT_SECONDS:
+            checkpoints.save(kept, loop.state(), about)
             saved = time.monotonic()
         if on_step:
             on_step(loop.step)
@@ -228,22 +243,6 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
         sae.load_state_dict(loop.ema.module.state_dict())
         sae.normalise_decoder()
     sae.eval()
-    if checkpoint:
-        Path(checkpoint).unlink(missing_ok=True)
+    if kept:
+        checkpoints.remove(kept)
     return loop.history
-
-
-def save_checkpoint(loop: Loop, path: Path, about: dict) -> None:
-    """Write the state whole, with what the run is, so that an interruption leaves the previous one."""
-    write_whole({path: lambda partial: torch.save(loop.state() | {"about": about}, partial)})
-
-
-def load_checkpoint(loop: Loop, path: Path, about: dict) -> None:
-    """Take up the state in `path`, if there is one. Raise ValueError if it is another run's, or can't be read."""
-    if path.exists():
-        with reading("checkpoint", path, "be a file that `train` wrote"):
-            state = torch.load(path, weights_only=True, map_location=loop.sae.W_dec.device)
-            for name, value in about.items():
-                there = state["about"].get(name)
-                require(there == value, "checkpoint", f"{path} of a run with {name} {there!r}", f"of this run, with {value!r}")
-            loop.restore(state)

@@ -8,15 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saelib import formats, sources
+from saelib.checks import UNIT_NORM
 from saelib.sae import SAE
 
 D, N, K = 12, 40, 5
 X = 3 * torch.randn(50, D, generator=torch.Generator().manual_seed(0)) + 1
-CASES = [("saelens", "topk", "none"), ("saelens", "topk", sources.UNIT_NORM), ("saelens", "multi_topk", sources.UNIT_NORM), ("saelens", "relu", "none"),
-         ("saelens", "relu", sources.UNIT_NORM), ("saelens", "batchtopk", sources.UNIT_NORM), ("sparsify", "topk", "none"), ("sparsify", "multi_topk", "none"),
-         ("sparsify", "topk", sources.UNIT_NORM), ("dictionary_learning", "topk", "none"), ("dictionary_learning", "multi_topk", "none"),
-         ("dictionary_learning", "relu", sources.UNIT_NORM),
-         ("openai", "topk", sources.UNIT_NORM), ("openai", "multi_topk", sources.UNIT_NORM), ("openai", "relu", "none")]
+CASES = [("saelens", "topk", "none"), ("saelens", "topk", UNIT_NORM), ("saelens", "multi_topk", UNIT_NORM), ("saelens", "relu", "none"),
+         ("saelens", "relu", UNIT_NORM), ("saelens", "batchtopk", UNIT_NORM), ("sparsify", "topk", "none"), ("sparsify", "multi_topk", "none"),
+         ("sparsify", "topk", UNIT_NORM), ("dictionary_learning", "topk", "none"), ("dictionary_learning", "multi_topk", "none"),
+         ("dictionary_learning", "relu", UNIT_NORM),
+         ("openai", "topk", UNIT_NORM), ("openai", "multi_topk", UNIT_NORM), ("openai", "relu", "none")]
 WITHOUT = [case for case in CASES if case[0] in ("sparsify", "dictionary_learning")]  # these do nothing to their inputs
 
 
@@ -93,7 +94,7 @@ THEIRS = {"saelens": saelens, "sparsify": sparsify, "dictionary_learning": dicti
 def test_the_other_library_computes_the_same(format, method, normalisation, tmp_path):
     sae = make(method, normalisation)
     formats.save(sae, tmp_path / "new" / "folder", format)
-    x = sources.normalise(X) if normalisation == sources.UNIT_NORM and (format, method, normalisation) in WITHOUT else X
+    x = sources.normalise(X) if normalisation == UNIT_NORM and (format, method, normalisation) in WITHOUT else X
     wanted = ours(sae, x) if x is X else (sae.encode(x), sae(x))
     for theirs, own in zip(THEIRS[format](tmp_path / "new" / "folder", x), wanted):
         torch.testing.assert_close(theirs, own, rtol=1e-4, atol=1e-4)
@@ -141,7 +142,7 @@ def test_a_topk_sae_that_saelens_wrote_before_version_6_is_read_as_topk(tmp_path
 def test_damaged_files_are_one_line_that_names_the_folder(format, tmp_path):
     with pytest.raises(ValueError, match=f"folder is '.*': it must hold an SAE in the format '{format}'"):
         formats.load(tmp_path, format)
-    formats.save(make("topk", sources.UNIT_NORM), tmp_path, format)
+    formats.save(make("topk", UNIT_NORM), tmp_path, format)
     for file in list(tmp_path.iterdir()):
         whole = file.read_bytes()
         for part in (b"", b"{}", whole[: len(whole) // 2]):
@@ -158,7 +159,7 @@ def test_damaged_files_are_one_line_that_names_the_folder(format, tmp_path):
     ("sparsify", "relu", "none", "method is 'relu': it must be topk or multi_topk"),
     ("dictionary_learning", "batchtopk", "none", "method is 'batchtopk': it must be one of topk, multi_topk, relu"),
     ("openai", "topk", "none", "normalisation is 'none': it must be 'unit_norm' for a topk SAE"),
-    ("openai", "relu", sources.UNIT_NORM, "normalisation is 'unit_norm': it must be 'none' for a relu SAE"),
+    ("openai", "relu", UNIT_NORM, "normalisation is 'unit_norm': it must be 'none' for a relu SAE"),
 ])
 def test_what_a_format_cannot_hold_is_said_and_nothing_written(format, method, normalisation, message, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -231,7 +232,7 @@ def test_the_library_itself_loads_it_and_computes_the_same(format, method, norma
     pytest.importorskip(library, reason=f"{library} is not installed: pip install '.[peers]'")
     sae = make(method, normalisation)
     formats.save(sae, tmp_path, format, **{"hook_name": "blocks.8.hook_resid_post"} if format == "saelens" else {})
-    x = sources.normalise(X) if normalisation == sources.UNIT_NORM and (format, method, normalisation) in WITHOUT else X
+    x = sources.normalise(X) if normalisation == UNIT_NORM and (format, method, normalisation) in WITHOUT else X
     for theirs, own in zip(asked(library, tmp_path, x), ours(sae, x) if x is X else (sae.encode(x), sae(x))):
         torch.testing.assert_close(theirs, own, rtol=1e-4, atol=1e-4)
 
@@ -242,3 +243,12 @@ def test_metadata_that_json_can_not_hold_leaves_what_was_there(tmp_path):
     with pytest.raises(ValueError, match="it must be text, a number, a list or a dict"):
         formats.save(make("relu", "none"), tmp_path, "saelens", hook_name=torch.zeros(1))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(("format", "file", "name"), [("saelens", "sae_weights.safetensors", "b_enc"), ("sparsify", "sae.safetensors", "b_dec")])
+def test_a_tensor_of_another_shape_is_named_and_not_broadcast(format, file, name, tmp_path):
+    formats.save(make("topk", "none"), tmp_path, format)
+    tensors = load_file(tmp_path / file)
+    save_file(tensors | {name: tensors[name][:1].clone()}, tmp_path / file)
+    with pytest.raises(ValueError, match=r"is 'of shape \[1\]': it must be of shape"):
+        formats.load(tmp_path, format)

@@ -108,3 +108,19 @@ def test_nothing_to_evaluate_and_activations_that_are_not_finite_are_refused():
         saelib.evaluate(sae, torch.empty(0, 6))
     with pytest.raises(ValueError, match="x holds NaN or Inf"):
         saelib.evaluate(sae, torch.full((4, 6), float("nan")))
+
+
+def test_batches_may_be_arrays_and_what_is_no_batch_is_named():
+    sae, x = SAE(6, 20, "topk", 3), torch.randn(30, 6)
+    want = saelib.evaluate(sae, x, x.mean(0))
+    assert saelib.evaluate(sae, [part.numpy() for part in x.split(10)], x.numpy().mean(0)) == pytest.approx(want)
+    with pytest.raises(ValueError, match="x is 'batches of list': it must be batches that are tensors or arrays"):
+        saelib.evaluate(sae, [[x]])
+    with pytest.raises(ValueError, match=r"mean is .*: it must be None, or of shape \[d_model = 6\]"):
+        saelib.evaluate(sae, x, torch.zeros(1))
+
+
+def test_l1_of_a_half_precision_sae_has_room():
+    sae, x = SAE(32, 128, "relu", 0.1), 30 * torch.randn(1000, 32)
+    want = saelib.evaluate(sae, x)["l1"]
+    assert want * 1000 > 65504 and saelib.evaluate(sae.half(), x)["l1"] == pytest.approx(want, rel=0.01)

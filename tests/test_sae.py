@@ -60,7 +60,7 @@ def test_loading_refuses_what_is_not_an_sae(tmp_path):
 def test_the_weights_of_another_format_are_not_overwritten(tmp_path):
     sae = SAE(8, 30, "topk", 4)
     formats.save(sae, tmp_path, "sparsify")
-    with pytest.raises(ValueError, match="folder is .*: it must be another one than that of an SAE in the format 'sparsify'"):
+    with pytest.raises(ValueError, match="folder is .*: it must be another one: sae.safetensors lies there, and no sae.json with it"):
         sae.save(tmp_path)
     assert formats.load(tmp_path, "sparsify").method.k == 4 and not (tmp_path / "sae.json").exists()
 
@@ -162,3 +162,19 @@ def test_activations_come_back_in_the_shape_that_a_hook_hands_over(path_of, meth
     assert out.shape[:2] == (2, 5)
     torch.testing.assert_close(out.flatten(0, 1), path_of(sae, x.flatten(0, 1)))
     assert path_of(sae, x[0, 0]).dim() == 1
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (dict(normalisation="unit-norm"), "normalisation is 'unit-norm': it must be 'none' or 'unit_norm'"),
+    (dict(n_latents=0), "n_latents is 0: it must be a whole number, 1 or more"),
+])
+def test_what_makes_no_sae_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SAE(**dict(d_model=8, n_latents=30, method="topk", sparsity=4) | arguments)
+
+
+def test_whole_numbers_are_no_activations_and_a_printed_sae_says_its_size():
+    sae = SAE(8, 30, "topk", 4)
+    with pytest.raises(ValueError, match="x is 'of torch.int64': it must be of floating-point numbers"):
+        sae.check(torch.ones(2, 8, dtype=torch.int64))
+    assert "d_model=8, n_latents=30, k=4" in repr(sae)

@@ -59,7 +59,7 @@ def test_no_activation_is_both_trained_on_and_held_out(tmp_path):
     (torch.zeros(0, 4), r"source has shape \[0, 4\]: it must hold at least one token"),
     (torch.zeros(1, 4), "at least two tokens"),
     (torch.full((20, 4), 0.1), "source is 'the same vector again and again': it must be activations that differ"),
-    (torch.zeros(5, 4, dtype=torch.int64), "source has dtype torch.int64"),
+    (torch.zeros(5, 4, dtype=torch.int64), "source is .a tensor of torch.int64, torch.strided.: it must be a dense one of torch.float16"),
     (torch.tensor([[1.0], [2.0], [float("nan")]]), "source holds NaN or Inf, first in row 2"),
     (torch.tensor([[1.0], [float("inf")], [1.0]]), "source holds NaN or Inf, first in row 1"),
 ])
@@ -176,3 +176,23 @@ def test_arrays_are_activations_however_they_lie_in_memory(x):
     source = sources.from_tensor(x)
     torch.testing.assert_close(torch.cat([*source.shards, source.held_out]), torch.tensor(x.astype("f4")))
     assert saelib.evaluate(saelib.SAE(4, 8, "topk", 2), x)["n_tokens"] == len(x)
+
+
+def test_a_source_checks_its_normalisation_and_is_equal_to_itself_alone():
+    with pytest.raises(ValueError, match="normalisation is 'unitnorm'"):
+        sources.Source("a", [torch.randn(4, 3)], torch.randn(3, 3), "unitnorm")
+    one, other = (sources.from_tensor(torch.ones(4, 3).tril()) for _ in range(2))
+    assert one == one and one != other and len({one, other}) == 2
+
+
+def test_of_a_file_only_the_tokens_asked_for_are_normalised_whatever_its_byte_order(tmp_path):
+    x = numpy.random.default_rng(0).normal(size=(50, 6)).astype(">f4")
+    numpy.save(tmp_path / "x.npy", x)
+    source = sources.from_file(tmp_path / "x.npy", 7)
+    want = sources.normalise(torch.from_numpy(x.astype("f4")))
+    assert torch.equal(source.shards[0], want[:7]) and torch.equal(source.held_out, want[-5:])
+
+
+def test_an_array_that_torch_has_no_numbers_for_is_named():
+    with pytest.raises(ValueError, match="source is 'an array of object': it must be one of numbers that torch has"):
+        sources.from_tensor(numpy.array([[None, 1], [2, 3]], dtype=object))

@@ -7,7 +7,7 @@ from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from saelib import subjects, texts
+from saelib import cache, subjects, texts
 
 WORDS = "the quick brown fox jumps over the lazy dog\n\n"
 
@@ -136,8 +136,8 @@ def test_a_missing_model_or_text_is_named_and_leaves_nothing(tiny, text, tmp_pat
 
 
 def test_the_first_block_is_layer_1_and_other_weights_are_another_model(tiny, text, tmp_path):
-    with pytest.raises(ValueError, match="layer is 0: it must be from 1 to 2"):
-        subjects.open_source(tiny["gpt"], 100, text=text, layer=0)
+    with pytest.raises(ValueError, match="layer is 3: it must be from 1 to 2"):
+        subjects.open_source(tiny["gpt"], 100, text=text, layer=3)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"one")
     before = subjects.model_key(str(tmp_path / "model"))
@@ -234,3 +234,21 @@ def test_a_model_within_a_larger_one_is_found_by_the_sizes_of_its_text_part(tiny
     model.config.get_text_config = lambda: model.config.__class__(n_layer=2)
     model.config.n_layer = 7  # as a vision model's
     assert len(subjects.blocks(model)) == 2
+
+
+@pytest.mark.parametrize("ask", [dict(layer=2), dict(text="python")])
+def test_what_only_a_model_has_is_refused_for_other_sources(ask):
+    with pytest.raises(ValueError, match="must be None for synthetic, which no model reads"):
+        subjects.open_source("synthetic", 100, **ask)
+
+
+def test_a_harvest_that_lacks_nothing_but_its_index_is_finished(tiny, text, monkeypatch):
+    monkeypatch.setattr(cache, "SHARD_ROWS", 64)
+    first = subjects.open_source(tiny["gpt"], 64, text=text)
+    for index in cache.cache_folder().rglob("index.json"):
+        index.unlink()
+    assert torch.equal(subjects.open_source(tiny["gpt"], 64, text=text).shards[0], first.shards[0])
+
+
+def test_a_device_may_be_torchs():
+    assert subjects.pick_device(torch.device("cpu")) == "cpu"

@@ -1,4 +1,6 @@
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -280,3 +282,43 @@ def test_batchtopk_counts_its_cuts_on_the_dense_path_in_bfloat16():
     sae = SAE(16, 40, "batchtopk", 4)
     sae.run(X[:50], "dense", "bf16")
     assert sae.method.threshold > 0
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (dict(penalty_warmup=-1), "penalty_warmup is -1: it must be a number from 0 to 1"), (dict(lr=-1.0), "lr is -1.0: it must be a number from 0 to inf"),
+    (dict(k_aux=0), "k_aux is 0: it must be a whole number, 1 or more"), (dict(path="auto"), "path is 'auto': it must be one of sparse, graph, native, dense"),
+])
+def test_what_training_does_not_take_is_named_before_the_first_step(options, message):
+    with pytest.raises(ValueError, match=message):
+        train(SAE(16, 40, "topk", 4), lambda step: iter([X]), 1, **options)
+
+
+def test_weights_of_half_precision_are_not_trained():
+    with pytest.raises(ValueError, match="sae is 'of torch.bfloat16': it must be of float32 weights"):
+        train(SAE(16, 40, "topk", 4).to(torch.bfloat16), lambda step: iter([X]), 1)
+
+
+NUMPY = """
+import numpy, sys, torch
+from saelib import train as t
+from saelib.sae import SAE
+t.CHECKPOINT_SECONDS, x = 0, torch.randn(50, 8)
+def stop(step):
+    if step == 3:
+        raise KeyboardInterrupt
+def go(**more):
+    return t.train(SAE(8, 20, "topk", numpy.int64(4)), lambda step: iter([x] * (6 - step)), 6, lr=numpy.float64(1e-3), checkpoint=sys.argv[1], **more)
+try:
+    go(on_step=stop)
+except KeyboardInterrupt:
+    steps = []
+    go(on_step=steps.append)
+    assert steps == [4, 5, 6]
+"""
+
+
+def test_a_run_of_numpy_numbers_is_resumed(tmp_path):
+    left = tmp_path / "c.pt.1.partial"
+    left.touch()  # of a process that was killed
+    subprocess.run([sys.executable, "-c", NUMPY, tmp_path / "c.pt"], check=True)  # beside the type checks of these tests
+    assert not list(tmp_path.iterdir())

@@ -30,6 +30,8 @@ def score(subject, method, lr):
 
 
 def main(subjects):
+    if unknown := set(subjects) - set(SUBJECTS):
+        raise SystemExit(f"unknown subject {', '.join(unknown)}: one of {', '.join(SUBJECTS)}")
     for subject in subjects or SUBJECTS:
         for method in ("topk", "relu", "relu_short"):
             scores = {}

@@ -1,0 +1,34 @@
+"""The state of a run on disk, from which an interrupted one goes on."""
+import json
+from pathlib import Path
+
+import torch
+
+from saelib.checks import require
+from saelib.files import plain, reading, write_whole
+
+
+def describe(**about) -> dict:
+    """What a run is, as plain values: what a checkpoint would not give back as it was is refused here, before the first step."""
+    return json.loads(json.dumps(about, default=plain))
+
+
+def save(path: Path, state: dict, about: dict) -> None:
+    """Write the state whole, with what the run is, so that an interruption leaves the previous one."""
+    write_whole({path: lambda partial: torch.save(state | {"about": about}, partial)})
+
+
+def load(path: Path, about: dict, device: torch.device) -> dict:
+    """Read what `save` wrote. Raise ValueError if it is another run's, or can't be read."""
+    with reading("checkpoint", path, "be a file that `train` wrote"):
+        state = torch.load(path, weights_only=True, map_location=device)
+        for name, value in about.items():
+            there = state["about"].get(name)
+            require(there == value, "checkpoint", f"{path} of a run with {name} {there!r}", f"of this run, with {value!r}")
+        return state
+
+
+def remove(path: Path) -> None:
+    """Remove it, and what a killed process left of it unfinished."""
+    for old in (path, *path.parent.glob(f"{path.name}.*.partial")):
+        old.unlink(missing_ok=True)
