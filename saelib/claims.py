@@ -24,7 +24,7 @@ CLAIMS = {
                   "Autograd's derivative of the penalty is λ for every active latent and 2λz for L2, to a relative 1e-5; L2's least is below 1 % of its largest",
                   "no figure given", criteria.constant_pull),
     "A1.3": Claim("The constant pull makes exact zeros; L2 does not", "ours, on §2.2",
-                  "The 1-D minimiser is exactly 0 for all 0 < x <= λ/2 under L1 and for no x > 0 under L2; at equal error L2 has more active latents in every seed; "
+                  "The 1-D minimiser is exactly 0 for all 0 < x <= λ/2 under L1 and for no x > 0 under L2; at equal error, wherever both reach it, L2 has more active latents in every seed; "
                   "L1 has more exact zeros than no penalty; and L2 with ReLU has below 1 %",
                   "no figure given", criteria.pull_makes_zeros),
     "A1.4": Claim("The subgradient that is chosen for |z| at 0 cannot matter behind a ReLU", "ours, on §2.2",

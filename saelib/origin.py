@@ -30,6 +30,11 @@ def code_hash() -> str:
 
 
 @cache
+def hardware(device: str) -> str:
+    """What computes there, in words."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU {torch.backends.cpu.get_cpu_capability()}"
+
+
 def provenance(device: str) -> dict[str, str]:
     """What a row says of where it was made: package versions, hardware, commit, code."""
     try:
@@ -37,7 +42,7 @@ def provenance(device: str) -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:  # run from a clone, as on a machine without a network
         version = "not installed"
     return {"saelib": version, "torch": torch.__version__, "python": platform.python_version(),
-            "hardware": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU {torch.backends.cpu.get_cpu_capability()}",
+            "hardware": hardware(device),
             "commit": commit(), "code": code_hash()}
 
 

@@ -13,6 +13,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from saelib.checks import require
 from saelib.labels import name_ends
+from saelib.origin import hardware
+from saelib.subjects import pick_device
 
 STYLE = Path(__file__).with_name("book.mplstyle")
 LOOK = {"relu": ("#000000", "o"), "topk": ("#0072B2", "s"), "batchtopk": ("#009E73", "^"), "spare": ("#882255", "+")}
@@ -81,7 +83,7 @@ def band(axes: Axes, points: Points, label: str, color: str, marker: str, log: b
 
 
 def versus(series: dict[str, Points], xlabel: str, ylabel: str, *, looks: dict[str, tuple[str, str]] | None = None, title: str = "",
-           logx: bool = True, logy: bool = True, note: str = "", axes: Axes | None = None) -> Picture:
+           logx: bool = True, logy: bool = True, note: str = "", rule: float | None = None, axes: Axes | None = None) -> Picture:
     """y against x for a few labelled series, with all seeds.
 
     Args:
@@ -91,6 +93,7 @@ def versus(series: dict[str, Points], xlabel: str, ylabel: str, *, looks: dict[s
         title: of the panel.
         logx, logy: logarithmic axes.
         note: seeds, tokens and device, under the axes.
+        rule: a y to draw a grey line at.
         axes: draw there instead of on a new picture.
 
     Returns:
@@ -98,6 +101,8 @@ def versus(series: dict[str, Points], xlabel: str, ylabel: str, *, looks: dict[s
     """
     picture, axes = (axes.figure, axes) if axes is not None else (lambda p, a: (p, a[0]))(*canvas())
     plain_log(axes, logx, logy)
+    if rule is not None:
+        axes.axhline(rule, color=PAPER_GREY, linewidth=0.8)
     ends = {}
     for i, (label, points) in enumerate(series.items()):
         color, marker = (looks or {}).get(label, (SHADES[i % len(SHADES)], "osD^vx"[i % 6]))
@@ -106,7 +111,7 @@ def versus(series: dict[str, Points], xlabel: str, ylabel: str, *, looks: dict[s
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.margins(x=0.12)
     at = sorted({x for points in series.values() for x, _ in points})
-    if logx and len(at) <= 6 and all(x == int(x) for x in at):  # a few sizes, each with its own number
+    if logx and len(at) <= 6:  # a few, each with its own number
         axes.set_xticks(at)
     name_ends(axes, ends)
     if note:
@@ -130,11 +135,18 @@ def points_of(rows: Sequence[dict], x: Callable[[dict], float], y: Callable[[dic
 
 def note_of(rows: Sequence[dict]) -> str:
     """Seeds, tokens and hardware of some rows, as every figure says them."""
-    seeds = len({r["config"]["seed"] for r in rows})
     tokens = sorted({r["config"]["n_tokens"] for r in rows})
-    hardware = sorted({r["provenance"]["hardware"] for r in rows})
+    return _note(len({r["config"]["seed"] for r in rows}), tokens, sorted({r["provenance"]["hardware"] for r in rows}))
+
+
+def note(n_seeds: int, n_tokens: int, *more: str, device: str = "auto") -> str:
+    """The same for what was trained here, without rows; `more` says what else it was made from."""
+    return _note(n_seeds, [n_tokens], [hardware(pick_device(device)), *more])
+
+
+def _note(seeds: int, tokens: Sequence[int], rest: Sequence[str]) -> str:
     span = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}"
-    return f"{seeds} seed{'s' * (seeds > 1)}, {span} training tokens each, {', '.join(hardware)}"
+    return f"{seeds} seed{'s' * (seeds > 1)}, {span} training tokens each, {', '.join(rest)}"
 
 
 def frontier(rows: Sequence[dict], *, panel: str = "subject", x: str = "l0", y: str = "normalized_mse",

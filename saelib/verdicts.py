@@ -11,6 +11,11 @@ from saelib.claims import CLAIMS
 VERDICT_MIME, NUMBERS_MIME = "application/vnd.saelib.verdict+json", "application/vnd.saelib.numbers+json"
 
 
+def anchor(claim_id: str) -> str:
+    """Where a page has the verdict on a claim."""
+    return f"verdict-{claim_id.lower().replace('.', '-')}"
+
+
 class Verdict(UserDict):
     """What the scoreboard holds of one claim. A notebook shows it as a box and keeps it as data."""
 
@@ -18,7 +23,7 @@ class Verdict(UserDict):
         css = self["verdict"].replace(" ", "-")
         rows = "".join(f"<dt>{name}</dt><dd>{html.escape(self[key])}</dd>" for name, key in
                        (("Criterion", "criterion"), ("Paper", "paper"), ("Here", "ours")))
-        box = (f'<div class="verdict {css}"><p class="verdict-title"><strong>{self["id"]}: {self["verdict"]}.</strong> '
+        box = (f'<div class="verdict {css}" id="{anchor(self["id"])}"><p class="verdict-title"><strong>{self["id"]}: {self["verdict"]}.</strong> '
                f'{html.escape(self["claim"])}</p><dl>{rows}</dl></div>')
         return {"text/plain": f"{self['id']} {self['verdict']}: {self['ours']}", "text/html": box, VERDICT_MIME: dict(self)}
 

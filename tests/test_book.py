@@ -242,7 +242,7 @@ def test_the_scoreboard_lists_every_verdict_in_words_with_a_link(book):
     book.build()
     page = book.page("index")
     assert '<span class="verdict-badge held-in-part">◐ held in part</span>' in page
-    assert re.search(r'<a class="reference internal" href="notebooks/01_toy.html"><span class="doc">A3.2</span></a>', page)
+    assert re.search(r'<a class="reference internal" href="notebooks/01_toy.html#verdict-a3-2">A3.2</a>', page)
 
 
 def test_the_scoreboard_is_data_at_the_sites_root(book):

@@ -366,7 +366,7 @@ def test_a_frontier_switches_between_profiles_and_offers_no_choice_of_one(page, 
     live.locator("select[name=profile]").focus()
     live.locator("select[name=profile]").select_option("laptop")
     assert float(live.locator("tbody tr td:nth-child(5)").first.text_content()) == pytest.approx(before / 3, abs=1e-4)
-    assert live.locator(".origin").text_content() == "Profile laptop. Run at laptop."
+    assert re.fullmatch(r"Profile laptop: \d seeds?, [\d,]+ training tokens each\. Run at laptop\.", live.locator(".origin").text_content())
     assert page.evaluate("document.activeElement.name") == "profile"
     page.unroute_all()
     with_profiles(page, "quick")

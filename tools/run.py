@@ -53,7 +53,7 @@ def code_hash(notebook):
     for module in sorted(ROOT.glob("saelib/*.py")):
         if module.stem not in ("labels", "plots", "speed_plots", *origin.DECIDING):
             digest.update(module.read_bytes())
-    if any("speed_rows" in source for source in code):
+    if any(name in source for source in code for name in ("speed_rows", "LENGTHS")):
         for rows in sorted(ROOT.glob("saelib/rows/*.jsonl")):
             digest.update(rows.read_bytes())
     for source in code:

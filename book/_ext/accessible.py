@@ -1,6 +1,10 @@
 """Mend what the tools that make the pages get wrong: for readers who use a screen reader, and for the eye."""
+import html
 import re
+import textwrap
 from pathlib import Path
+
+from docutils import nodes
 
 MATHS_THEN_MARK = re.compile(r'(<span class="math notranslate nohighlight">[^<]*</span>)([,.;:!?)]+)')
 PICTURE = re.compile(r'<img (?=[^>]*\bsrc="((?:\.\./)*(_(?:images|static)/[^"]+\.svg))")[^>]*>')
@@ -9,6 +13,7 @@ TAG = re.compile(r"<[^>]*>")
 EQUALS = re.compile(r" (=|<-) ")
 NUMBER = re.compile(r'<span class="linenos">([^<]*)</span>')
 WIDTH = re.compile(r'<svg\b[^>]*\bwidth="([\d.]+)pt"')
+DESCRIPTION = 200  # characters of a page that a link to it shows
 COLUMN = 700  # pixels: no wider picture fits beside the margin
 
 
@@ -56,6 +61,11 @@ def mend(app, pagename, templatename, context, doctree):
         body = MATHS_THEN_MARK.sub(r'<span class="unbroken">\1\2</span>', body)
         body = CODE.sub(in_lines, body)
         context["body"] = PICTURE.sub(lambda match: fitted(app, match), body)
+    if pagename == app.config.root_doc:
+        context["docstitle"] = ""  # its title is the book's, and would be said twice
+    if doctree is not None and (first := next(iter(doctree.findall(nodes.paragraph)), None)) is not None:
+        said = html.escape(textwrap.shorten(first.astext(), DESCRIPTION, placeholder="…"))
+        context["metatags"] = context.get("metatags", "") + f'<meta name="description" content="{said}">'
 
 
 def setup(app):

@@ -21,10 +21,11 @@ import nbformat
 from docutils import nodes
 from docutils.statemachine import StringList
 from executed import executed_path
-from sphinx import addnodes
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 from tools.run import run_record
+
+from saelib.verdicts import anchor
 
 logger = logging.getLogger(__name__)
 
@@ -123,18 +124,9 @@ class Scoreboard(SphinxDirective):
         return holder.children[0].children if holder.children else []
 
     def link(self, row):
-        """The claim's id, linked to its notebook."""
-        reference = addnodes.pending_xref(
-            "",
-            nodes.inline(text=str(row["id"])),
-            refdomain="std",
-            reftype="doc",
-            reftarget=f"/notebooks/{row['notebook']}",
-            refdoc=self.env.docname,
-            refexplicit=True,
-            refwarn=True,
-        )
-        return reference
+        """The claim's id, linked to its verdict."""
+        page = self.env.app.builder.get_relative_uri(self.env.docname, f"notebooks/{row['notebook']}")
+        return nodes.reference("", str(row["id"]), internal=True, refuri=f"{page}#{anchor(str(row['id']))}")
 
 
 class Summary(SphinxDirective):

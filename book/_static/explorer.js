@@ -112,8 +112,10 @@
     const stop = shown.includes(state.latent) ? state.latent : shown[0];
     parts.list.replaceChildren(...shown.map((i) => row(i, i === stop)));
     parts.more.hidden = state.order.length <= state.shown;
-    const what = state.query.trim() ? `${state.where === "raises" ? "raise" : "fire on"} “${state.query.trim()}”, strongest first` : "in all";
-    parts.count.textContent = `${state.order.length} latents ${what}`;
+    const what = state.query.trim() ? `${state.where === "raises" ? "raising" : "firing on"} “${state.query.trim()}”, strongest first` : "in all";
+    const n = state.order.length;
+    parts.count.textContent = n || !state.query.trim() ? `${n} ${n === 1 ? "latent" : "latents"} ${what}`
+      : `No latent ${state.where === "raises" ? "raises" : "fires on"} “${state.query.trim()}”. A search is for single tokens, and tells “def” from “Def”.`;
   }
 
   function moveInList(event) {

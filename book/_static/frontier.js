@@ -132,7 +132,9 @@
       ...this.axes(), ...this.lines(keys, rows), ...this.points));
       this.follow(this.chart.firstChild, rows);
       this.readout.textContent = "Point at a run to read it, or use Tab and the arrow keys. A click shows its row.";
-      this.origin.textContent = `Profile ${this.profile}. ${this.runs[this.profile].about}`;
+      const seeds = new Set(rows.map((row) => row.seed)).size;
+      const tokens = [...new Set(rows.map((row) => row.n_tokens.toLocaleString("en")))].join(" or ");
+      this.origin.textContent = `Profile ${this.profile}: ${seeds} ${seeds === 1 ? "seed" : "seeds"}, ${tokens} training tokens each. ${this.runs[this.profile].about}`;
       this.drawTable(rows);
     }
 
