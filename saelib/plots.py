@@ -64,7 +64,7 @@ def plain_log(axes: Axes, x: bool = True, y: bool = True) -> None:
         if wanted:
             set_scale("log")
             axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1e4 else f"{value:g}"))
             axis.set_minor_formatter(NullFormatter())
 
 
@@ -111,7 +111,7 @@ def versus(series: dict[str, Points], xlabel: str, ylabel: str, *, looks: dict[s
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.margins(x=0.12)
     at = sorted({x for points in series.values() for x, _ in points})
-    if logx and len(at) <= 6:  # a few, each with its own number
+    if logx and len(at) <= 6 and all(x in (int(x), float(f"{x:.1g}")) for x in at):  # a few sizes or coefficients, each with its own number
         axes.set_xticks(at)
     name_ends(axes, ends)
     if note:
