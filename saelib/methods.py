@@ -180,8 +180,7 @@ ON_KERNELS = TopK.forward, BatchTopK.forward  # the activation functions that `s
 
 def find(key: str) -> type[Method]:
     """The method called `key`. Raise ValueError if there is none."""
-    if key not in METHODS:
-        raise ValueError(f"method is {key!r}: it must be one of {', '.join(METHODS)}")
+    require(key in METHODS, "method", key, f"one of {', '.join(METHODS)}")
     return METHODS[key]
 
 

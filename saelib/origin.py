@@ -29,12 +29,12 @@ def code_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-@cache
 def hardware(device: str) -> str:
     """What computes there, in words."""
     return torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU {torch.backends.cpu.get_cpu_capability()}"
 
 
+@cache
 def provenance(device: str) -> dict[str, str]:
     """What a row says of where it was made: package versions, hardware, commit, code."""
     try:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+from saelib.checks import require
 from saelib.methods import METHODS
 
 LRS = {  # at the length of a laptop run, chosen by tools/tune_lr.py, the same search for all
@@ -111,8 +112,7 @@ def settings(chapter: str, profile: str, **overrides) -> SimpleNamespace:
         ValueError: no such profile, or no such value to override.
     """
     table = PROFILES[chapter]
-    if profile not in table:
-        raise ValueError(f"profile is {profile!r}: it must be one of {', '.join(table)}")
+    require(profile in table, "profile", profile, f"one of {', '.join(table)}")
     values = {"profile": profile, **table[profile]}
     for name, value in overrides.items():
         if name not in values:

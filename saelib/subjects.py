@@ -94,8 +94,7 @@ def residual_stream(model: nn.Module, ids: Tensor, layer: int) -> Tensor:
         [n_windows, context, d_model], as the model makes it.
     """
     stack, kept = blocks(model), []
-    if not 1 <= layer <= len(stack):
-        raise ValueError(f"layer is {layer!r}: it must be from 1 to {len(stack)}")
+    require(1 <= layer <= len(stack), "layer", layer, f"from 1 to {len(stack)}")
 
     def keep(module, inputs, output):
         kept.append(output[0] if isinstance(output, tuple) else output)

@@ -6,6 +6,7 @@ written before the runs. A claim that fails is reported as failed.
 import html
 from collections import UserDict
 
+from saelib.checks import require
 from saelib.claims import CLAIMS
 
 VERDICT_MIME, NUMBERS_MIME = "application/vnd.saelib.verdict+json", "application/vnd.saelib.numbers+json"
@@ -46,8 +47,7 @@ def judge(claim_id: str, **measured) -> Verdict:
     Raises:
         ValueError: no such claim, or nothing was measured.
     """
-    if claim_id not in CLAIMS:
-        raise ValueError(f"claim_id is {claim_id!r}: it must be one of {', '.join(CLAIMS)}")
+    require(claim_id in CLAIMS, "claim_id", claim_id, f"one of {', '.join(CLAIMS)}")
     claim = CLAIMS[claim_id]
     ours, parts = claim.judge(**measured)
     if not parts:

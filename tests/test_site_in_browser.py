@@ -254,7 +254,7 @@ def test_the_explorer_opens_from_the_folder_with_a_latent_and_a_program(page):
 def test_the_explorer_finds_the_latents_that_fire_on_a_token(page):
     explorer = open_explorer(page)
     explorer.locator("#explorer-search").fill("def")
-    assert "fire on" in explorer.locator("[role=status]").first.text_content()
+    assert "latents firing on “def”" in explorer.locator("[role=status]").first.text_content()
     assert 0 < explorer.locator(".list li").count() < 500
     explorer.locator("#explorer-search").press("Enter")
     page.wait_for_selector(".facts .tok:has-text('def')")

@@ -58,8 +58,6 @@ def profiles_of(notebook):
 def keep(root, profile):
     """Write book/results/PROFILE.json; a row of a frontier on a line, so that a change can be read."""
     done = {path.stem: run_of(path) for path in Path(root, "runs", profile).glob("[!.]*.ipynb")}
-    if not done:
-        raise SystemExit(f"no runs in runs/{profile}")
     everything = dict(sorted((kept(root, profile) | done).items()))
     text = re.sub(r"\n {5,}|\n {4}(?=\})", " ", json.dumps(everything, indent=1, ensure_ascii=False))
     kept_path(root, profile).write_text(text + "\n", encoding="utf8")
@@ -67,5 +65,8 @@ def keep(root, profile):
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or sorted({path.parent.name for path in ROOT.glob("runs/*/[!.]*.ipynb")}):
+    there = sorted({path.parent.name for path in ROOT.glob("runs/*/[!.]*.ipynb")})
+    for name in sys.argv[1:] or there:
+        if name not in there:
+            raise SystemExit(f"no runs in runs/{name}")
         keep(ROOT, name)

@@ -115,7 +115,7 @@
     const what = state.query.trim() ? `${state.where === "raises" ? "raising" : "firing on"} “${state.query.trim()}”, strongest first` : "in all";
     const n = state.order.length;
     parts.count.textContent = n || !state.query.trim() ? `${n} ${n === 1 ? "latent" : "latents"} ${what}`
-      : `No latent ${state.where === "raises" ? "raises" : "fires on"} “${state.query.trim()}”. A search is for single tokens, and tells “def” from “Def”.`;
+      : `No latent ${state.where === "raises" ? "raises" : "fires on"} “${state.query.trim()}”. A search is for single tokens: “import”, and not “import os”.`;
   }
 
   function moveInList(event) {
