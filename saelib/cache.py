@@ -45,8 +45,6 @@ def cached(key: dict, make: Callable[[int], Iterator[Tensor]], name: str) -> lis
                 shards.append(_write_shard(folder / f"{len(shards):05d}.safetensors", shard))
         with _writing():
             write_whole({index: json_of({"key": key, "shards": shards})})
-            for old in folder.glob("*.partial"):  # of a process that was killed
-                old.unlink(missing_ok=True)
     with reading("cache", folder, "hold whole shards: delete it and it is made again"):
         return [_read_shard(folder / shard["file"], shard["rows"]) for shard in json.loads(index.read_text())["shards"]]
 

@@ -1,5 +1,6 @@
 """The state of a run on disk, from which an interrupted one goes on."""
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,17 +19,13 @@ def save(path: Path, state: dict, about: dict) -> None:
     write_whole({path: lambda partial: torch.save(state | {"about": about}, partial)})
 
 
-def load(path: Path, about: dict, device: torch.device) -> dict:
-    """Read what `save` wrote. Raise ValueError if it is another run's, or can't be read."""
+def resume(path: Path, about: dict, device: torch.device, restore: Callable[[dict], None]) -> None:
+    """Let `restore` take up what `save` wrote, if it is there. Raise ValueError if it is another run's, or can't be read."""
+    if not path.exists():
+        return
     with reading("checkpoint", path, "be a file that `train` wrote"):
         state = torch.load(path, weights_only=True, map_location=device)
         for name, value in about.items():
             there = state["about"].get(name)
             require(there == value, "checkpoint", f"{path} of a run with {name} {there!r}", f"of this run, with {value!r}")
-        return state
-
-
-def remove(path: Path) -> None:
-    """Remove it, and what a killed process left of it unfinished."""
-    for old in (path, *path.parent.glob(f"{path.name}.*.partial")):
-        old.unlink(missing_ok=True)
+        restore(state)

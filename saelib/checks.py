@@ -6,7 +6,6 @@ import numpy
 import torch
 from torch import Tensor
 
-
 UNIT_NORM = "unit_norm"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

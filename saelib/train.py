@@ -217,16 +217,15 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
     Paper: §2.4, §3.1, Appendix A
     """
     lr = paper_lr(sae.n_latents) if lr is None else lr
-    check(sae, path, k_aux, n_steps, penalty_warmup=penalty_warmup, auxk_coef=auxk_coef, ema_decay=ema_decay,
-          lr=lr)
+    check(sae, path, k_aux, n_steps, lr=lr, penalty_warmup=penalty_warmup, auxk_coef=auxk_coef, ema_decay=ema_decay)
     k_aux = default_k_aux(sae.d_model) if k_aux is None else k_aux
     loop = Loop(sae, lr, dead_after, auxk_coef, k_aux, ema_decay)
     about = checkpoints.describe(d_model=sae.d_model, n_latents=sae.n_latents, method=sae.method.key, sparsity=sae.method.sparsity, n_steps=n_steps, lr=lr,
                                  penalty_warmup=penalty_warmup, auxk_coef=auxk_coef, k_aux=k_aux, dead_after=dead_after, ema_decay=ema_decay, **(run or {}))
     sae.train()
     kept = checkpoint and Path(checkpoint)
-    if kept and kept.exists():
-        loop.restore(checkpoints.load(kept, about, sae.W_dec.device))
+    if kept:
+        checkpoints.resume(kept, about, sae.W_dec.device, loop.restore)
     saved, log_every = time.monotonic(), max(1, n_steps // LOG_POINTS)
     for x in islice(batches(loop.step), n_steps - loop.step):
         x = x.to(sae.W_dec.device, sae.W_dec.dtype, non_blocking=True)
@@ -244,5 +243,5 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
         sae.normalise_decoder()
     sae.eval()
     if kept:
-        checkpoints.remove(kept)
+        kept.unlink(missing_ok=True)
     return loop.history
