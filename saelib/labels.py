@@ -20,10 +20,12 @@ def name_ends(axes: Axes, ends: dict[str, tuple[float, float, str]]) -> None:
         above = [at[higher][1] - LINE for higher in order[i + 1:] if abs(at[label][0] - at[higher][0]) < 0.4]
         at[label][1] = min(at[label][1], 1.0, *above)
     own = {label: to_axes.transform(end[:2]) for label, end in ends.items()}
+    far = [label for label, (_, y) in at.items() if abs(y - own[label][1]) > 0.04]
     for label, (x, y) in at.items():
+        beside_far = any(abs(x - at[other][0]) < 0.4 for other in far)  # all of a stack stand off, so that no line to an end crosses a name
         hidden = any(0 < other[0] - x < 0.15 and abs(other[1] - own[label][1]) < 0.05 for other in own.values())
-        leader = {"arrowstyle": "-", "color": ends[label][2], "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3} if abs(y - own[label][1]) > 0.04 else None
-        away = (-7, -5) if hidden else (12, 0) if leader else (5, 0)
+        leader = {"arrowstyle": "-", "color": ends[label][2], "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)} if label in far else None
+        away = (-7, -5) if hidden else (12, 0) if beside_far else (5, 0)
         spot = axes.transAxes + ScaledTranslation(away[0] / 72, away[1] / 72, axes.figure.dpi_scale_trans)
         axes.annotate(label, own[label], (x, y), xycoords="axes fraction", textcoords=spot, color=ends[label][2], fontsize=8,
                       ha="right" if hidden else "left", va="center", arrowprops=leader)
