@@ -61,8 +61,6 @@ def mend(app, pagename, templatename, context, doctree):
         body = MATHS_THEN_MARK.sub(r'<span class="unbroken">\1\2</span>', body)
         body = CODE.sub(in_lines, body)
         context["body"] = PICTURE.sub(lambda match: fitted(app, match), body)
-    if pagename == "search":
-        app.add_js_file("search.js")
     if doctree is not None and (first := next(iter(doctree.findall(nodes.paragraph)), None)) is not None:
         said = html.escape(textwrap.shorten(first.astext(), DESCRIPTION, placeholder="…"))
         context["metatags"] = context.get("metatags", "") + f'<meta name="description" content="{said}">'
