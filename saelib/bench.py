@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from saelib import metrics, profiles, runs, subjects, sweeps, timing
-from saelib.contestants import CASES, RELU, Floor, Ours, Setting, auto, auto_name, fast_paths, floors, ours, plain
+from saelib.contestants import CASES, RELU, Floor, Ours, Setting, auto, auto_name, chosen, fast_paths, floors, ours, plain
 from saelib.parts import large_copy, parts, predict
 from saelib.peers import peers
 from saelib.runs import RunConfig
@@ -49,11 +49,11 @@ def steps(settings: list[Setting], cases: tuple[str, ...], seconds: float, table
 
 
 def whole_fit(s: Setting, seconds: float) -> Iterator[dict]:
-    """`saelib.fit` as a user calls it: the time of its training loop, with loader and counters, over its steps. Where it would not
-    choose what is compiled, that is asked for too."""
+    """`saelib.fit` as a user calls it: the time of its training loop, with loader and counters, over its steps; and on the paths that it
+    would not choose."""
     gemm, own, n_steps = floors(s)[GEMM[s.device]](), Ours(s, "topk", *auto(s)), FIT_STEPS[s.device]
     batches, data = s.batches(), torch.cat(s.batches(8)).cpu()  # where a user has them
-    paths = {"fit": "auto"} | {f"fit, {path}": path for path in fast_paths(s.device)[1:] if path != auto(s)[0]}
+    paths = {"fit": "auto"} | {f"fit, {path}": path for path in fast_paths(s.device) if path != auto(s)[0]}
     times, n_dead = {name: [] for name in ("GEMM", "one step", *paths)}, {}
     for number in timing.rounds(seconds, "fit"):
         x = batches[number % len(batches)]
@@ -76,7 +76,7 @@ def curves(s: Setting, seconds: float) -> Iterator[dict]:
     work = [point.n_latents * point.batch_size for _, point in points]
     batches = replace(s, batch_size=max(s.batch_size, *AXES["batch_size"])).batches(2)
     for (axis, point), share in zip(points, work):
-        makers = {GEMM[s.device]: floors(point)[GEMM[s.device]], **ours(point, "topk"), **plain(point, "topk")}
+        makers = {GEMM[s.device]: floors(point)[GEMM[s.device]], **ours(point, "topk"), **chosen(point), **plain(point, "topk")}
         rows = timing.compare(makers, [x[: point.batch_size] for x in batches], GEMM[s.device], seconds * share / sum(work),
                               f"{axis} = {getattr(point, axis)}", max_rounds=15)
         yield from ({"table": "curves", "axis": axis, "setting": asdict(point), "auto": auto_name(point), **row} for row in rows)
@@ -101,9 +101,8 @@ def memory(settings: list[Setting]) -> Iterator[dict]:
     for s in settings:
         weights = 2 * s.n_latents * s.d_model + s.n_latents + s.d_model
         needed = 4 * (4 * weights + 256 * s.n_latents + s.batch_size * s.d_model)  # parameters, gradients, two moments; a block; the batch
-        precision = auto(s)[1]
-        peaks = [timing.peak_of_training(s.d_model, s.n_latents, s.k, s.batch_size, precision) for _ in range(PROCESSES)]
-        yield {"table": "memory", "setting": asdict(s), "case": "topk", "name": f"saelib, {precision}", "peak_bytes": statistics.median(peaks),
+        peaks = [timing.peak_of_training(s.d_model, s.n_latents, s.k, s.batch_size, *auto(s)) for _ in range(PROCESSES)]
+        yield {"table": "memory", "setting": asdict(s), "case": "topk", "name": auto_name(s), "peak_bytes": statistics.median(peaks),
                "needed_bytes": needed, "ratio": timing.quartiles([peak / needed for peak in peaks]), "rounds": PROCESSES}
 
 
@@ -174,8 +173,8 @@ def loading(device: str, seconds: float) -> Iterator[dict]:
         source = subjects.open_source(subject, 8 * LOADED.batch_size, device=device)
         s = replace(LOADED, d_model=source.d_model, n_latents=4 * source.d_model, device=device)
         endless = source.batches(s.batch_size, 10**9, 0)
-        step = ("topk", auto_name(s))
-        makers = {step: ours(s, "topk", paths=auto(s)[:1])[step], ("data", "loader"): lambda: Floor(lambda x: next(endless).to(device))}
+        step, = own = chosen(s)
+        makers = {**own, ("data", "loader"): lambda: Floor(lambda x: next(endless).to(device))}
         rows = timing.compare(makers, [next(endless).to(device) for _ in range(2)], step, seconds / len(HARVESTED), f"load {subject}")
         yield from ({"table": "load", "setting": {"subject": subject, **asdict(s)}, **row} for row in rows)
 

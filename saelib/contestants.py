@@ -190,8 +190,13 @@ def plain(setting: Setting, case: str, lr: float = LR) -> dict[tuple[str, str], 
 
 def auto(setting: Setting) -> tuple[str, str]:
     """Path and precision that `fit` would choose for TopK at this size, by the rules of `runs`."""
-    return (runs.pick_path("auto", setting.device, TopK(setting.n_latents, setting.k)),
-            runs.pick_precision("auto", setting.device, setting.d_model * setting.n_latents))
+    W_enc = torch.empty(setting.n_latents, setting.d_model, device="meta")
+    return runs.pick_path("auto", setting.device, TopK(setting.n_latents, setting.k), W_enc), runs.pick_precision("auto", setting.device, W_enc.numel())
+
+
+def chosen(setting: Setting) -> dict[tuple[str, str], Callable[[], Ours]]:
+    """("topk", name) -> what makes it: the contestant that `fit` would be at this size, alone."""
+    return {("topk", auto_name(setting)): lambda: Ours(setting, "topk", *auto(setting))}
 
 
 def name_of(path: str, precision: str) -> str:

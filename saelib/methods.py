@@ -175,7 +175,13 @@ def keep_largest(pre_acts: Float[Tensor, "batch n_latents"], k: int) -> Float[Te
 
 
 METHODS: dict[str, type[Method]] = {method.key: method for method in (ReLU, TopK, MultiTopK, BatchTopK)}
-ON_KERNELS = TopK.forward, BatchTopK.forward  # the activation functions that `select` makes on the sparse path
+KERNELS = {ReLU.forward: "relu", TopK.forward: "largest", BatchTopK.forward: "largest"}  # by activation function
+
+
+def kernel(method: Method) -> str | None:
+    """What computes its activation function beside the plain twin: "relu" is `saelib.dense`, "largest" is `saelib.kernels`, where `select`
+    chooses; None is nothing, for an activation function of its own."""
+    return KERNELS.get(getattr(method.forward, "__func__", None))
 
 
 def find(key: str) -> type[Method]:

@@ -1,7 +1,7 @@
 """Parts of a step that are faster in C++ than in stock operations, compiled for this CPU the first time that they are asked for.
 
 With `path="native"` TopK's choice reads a row of pre-activations about once and its gradients go latent by latent, and ReLU's products skip the
-latents that are zero. It needs a CPU with AVX-512, a C++ compiler and ninja, and half a minute once. `path="sparse"` computes the same without.
+latents that are zero. It needs a CPU with AVX-512, a C++ compiler and half a minute once. `path="sparse"` computes the same without.
 """
 import hashlib
 import importlib.util
@@ -19,6 +19,7 @@ from types import ModuleType
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm import tqdm
 
 from saelib import pairs
 from saelib.cache import cache_folder
@@ -47,6 +48,9 @@ def build() -> ModuleType | str:
         if kept.exists():
             return load(module, kept)
         from torch.utils import cpp_extension
+        if not shutil.which(cpp_extension.get_cxx_compiler()):
+            return f"there is no C++ compiler called {cpp_extension.get_cxx_compiler()}"
+        tqdm.write("saelib compiles parts of the training step for this processor: half a minute, once", file=sys.stderr)
         with TemporaryDirectory() as folder:
             cpp_extension.load(module, [str(path) for path in SOURCES if path.suffix == ".cpp"], extra_cflags=flags, extra_ldflags=["-fopenmp"],
                                build_directory=folder, is_python_module=False)
@@ -54,8 +58,8 @@ def build() -> ModuleType | str:
             with suppress(OSError):  # where nothing can be kept, each process compiles anew
                 write_whole({kept: lambda partial: shutil.copy(made, partial)})
             return load(module, made)
-    except (RuntimeError, OSError, ImportError) as error:
-        lines = str(error).splitlines()
+    except Exception as error:  # whatever keeps a compiler from its work, there is a path without it
+        lines = str(error).splitlines() or [type(error).__name__]
         return next((line for line in lines if " error: " in line or "not found" in line), lines[0])
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from saelib import methods, metrics, sources, subjects
+from saelib import methods, metrics, native, sources, subjects
 from saelib.checks import is_whole, require
 from saelib.files import plain
 from saelib.modes import own_modes
@@ -23,7 +23,7 @@ from saelib.subjects import pick_device
 from saelib.train import BOUNDS, PATHS, paper_lr, train
 
 MEDIAN_ROWS = 8192
-BF16_WEIGHTS = 2**16
+LARGE = 2**16  # weights of an encoder from which bfloat16 and compiled parts are chosen
 SEEDS = 2**43  # from here on the numbers of a shuffle's epochs (see `Source.batches`) no longer fit
 OPTIONAL = "lr", "source_tokens", "layer", "penalty_warmup", "dead_after"  # what `resolve` fills in, or the subject
 PRECISIONS = "auto", "fp32", "bf16"
@@ -89,14 +89,19 @@ def pick_precision(precision: str, device: str, n_weights: int) -> str:
     or more, else float32, because casting costs a small SAE more than it gains."""
     if precision != "auto":
         return precision
-    return "bf16" if n_weights >= BF16_WEIGHTS and subjects.fast_dtype(device) == torch.bfloat16 else "fp32"
+    return "bf16" if n_weights >= LARGE and subjects.fast_dtype(device) == torch.bfloat16 else "fp32"
 
 
-def pick_path(path: str, device: str, method: methods.Method) -> str:
-    """The path that "auto" stands for: the recorded step on a GPU with kernels, where the method's can be recorded, else the sparse one."""
+def pick_path(path: str, device: str, method: methods.Method, W_enc: Tensor) -> str:
+    """The path that "auto" stands for. On a GPU with kernels it is the recorded step, where the method's can be recorded. On a CPU it is the step
+    with compiled parts where they can be compiled, for a method that chooses latents and an encoder of 2^16 weights or more: to compile takes
+    half a minute, and a small SAE is trained before that. Elsewhere it is the sparse one."""
     if path != "auto":
         return path
-    return "graph" if has_kernels(torch.device(device)) and not method.waits else "sparse"
+    if has_kernels(torch.device(device)):
+        return "sparse" if method.waits else "graph"
+    gains = device == "cpu" and methods.kernel(method) == "largest" and W_enc.numel() >= LARGE and W_enc.dtype == torch.float32
+    return "native" if gains and native.available() else "sparse"
 
 
 @own_modes()
@@ -134,7 +139,7 @@ def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", 
 
     history = train(sae, batches, n_steps, lr=config.lr,
                     penalty_warmup=config.penalty_warmup, auxk_coef=config.auxk_coef, dead_after=config.dead_after,
-                    ema_decay=config.ema_decay, path=pick_path(config.path, device, sae.method), checkpoint=checkpoint,
+                    ema_decay=config.ema_decay, path=pick_path(config.path, device, sae.method, sae.W_enc), checkpoint=checkpoint,
                     run={"seed": config.seed, "batch_size": batch_size, "data": source.identity()},
                     precision=pick_precision(config.precision, device, sae.W_enc.numel()),
                     on_step=on_tokens and count)
@@ -161,7 +166,7 @@ def fit(source: Tensor | numpy.ndarray | sources.Source, method: str = "topk", s
         seed: of the initial weights and the order of the tokens.
         device: "cpu", "cuda", or "auto".
         path: "sparse"; "graph", which records a step on a GPU (see `saelib.graphs`); "native", compiled for a CPU (see `saelib.native`);
-            "dense"; or "auto", the recorded step on a GPU and the sparse path on a CPU.
+            "dense"; or "auto", the fastest that there is for this SAE here (see `pick_path`).
         progress: show a progress bar on stderr.
 
     Returns:
@@ -204,5 +209,6 @@ def run(config: RunConfig, device: str = "auto", on_tokens=None, checkpoint: Pat
     device = pick_device(device)
     made = provenance(device) | {"inputs": inputs(config)}  # as they are now: training may take hours
     result = fit_source(open_source(config, device), config, device, on_tokens, checkpoint)
-    made |= {"precision": pick_precision(config.precision, device, result.sae.W_enc.numel()), "path": pick_path(config.path, device, result.sae.method)}
+    sae = result.sae
+    made |= {"precision": pick_precision(config.precision, device, sae.W_enc.numel()), "path": pick_path(config.path, device, sae.method, sae.W_enc)}
     return {"config": asdict(config), "metrics": result.metrics, "provenance": made, "date": time.strftime("%Y-%m-%d")}

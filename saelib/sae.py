@@ -122,14 +122,13 @@ class SAE(nn.Module):
         require(precision in ("fp32", "bf16"), "precision", precision, "'fp32' or 'bf16'")
         if path == "native":
             native.check(x, self.W_enc)
-        act = getattr(self.method.forward, "__func__", None)  # a method with an activation function of its own has no kernel
-        own = act is not methods.ReLU.forward and act not in methods.ON_KERNELS
-        require(path != "native" or not own, "path", path, "'sparse' or 'dense' for an activation function that has no kernel")
-        if path != "dense" and act in methods.ON_KERNELS:
+        kernel = methods.kernel(self.method) if path != "dense" else None
+        require(path != "native" or kernel is not None, "path", path, "'sparse' or 'dense' for an activation function that has no kernel")
+        if kernel == "largest":
             again = partial(kernels.autoencode, x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, b_out=self.b_pre, precision=precision,
                             kind=PAIRS[path], copies=copies)
             return Output(*again(self.method.k, choice=self.method.select), again)
-        if path != "dense" and not own:
+        if kernel == "relu":
             return Output(*dense.relu(x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, precision, scratch, path == "native"), None)
         # autocast's cache is shared between threads, and so between the members of a sweep
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):

@@ -152,13 +152,13 @@ PEAK = """
 import json, sys
 import torch
 from saelib import contestants, timing
-torch.set_num_threads(int(sys.argv[6]))
-contestants.Ours(contestants.Setting(16, 64, 2, 8), "topk", precision=sys.argv[5]).step(torch.randn(8, 16))  # loads what is loaded at first use
+torch.set_num_threads(int(sys.argv[7]))
+contestants.Ours(contestants.Setting(16, 64, 2, 8), "topk", *sys.argv[5:7]).step(torch.randn(8, 16))  # loads what is loaded at first use
 timing.forget_peak()
 before = timing.peak_resident()
 setting = contestants.Setting(*map(int, sys.argv[1:5]))
 x = contestants.setting_batch(setting)
-own = contestants.Ours(setting, "topk", precision=sys.argv[5])
+own = contestants.Ours(setting, "topk", *sys.argv[5:7])
 for _ in range(3):
     own.step(x)
 sys.stdout.write(json.dumps(timing.peak_resident() - before))
@@ -176,8 +176,8 @@ def peak_resident() -> int:
     return int(line.split()[1]) * 1024
 
 
-def peak_of_training(d_model: int, n_latents: int, k: int, batch_size: int, precision: str) -> int:
+def peak_of_training(d_model: int, n_latents: int, k: int, batch_size: int, path: str, precision: str) -> int:
     """Bytes by which the peak of three training steps in a fresh process lies above what was resident before it made the weights."""
-    arguments = [str(value) for value in (d_model, n_latents, k, batch_size, precision, torch.get_num_threads())]
+    arguments = [str(value) for value in (d_model, n_latents, k, batch_size, path, precision, torch.get_num_threads())]
     done = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     return int(done.stdout)

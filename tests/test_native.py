@@ -70,6 +70,12 @@ def test_what_is_not_a_number_is_above_all(dtype, sign):
     assert torch.equal(places.sort(1).values, torch.tensor([[5, 77]] * 3, dtype=torch.int32)) and found.isnan().any(1).all()
 
 
+@TYPES
+def test_the_choice_does_not_depend_on_the_rows_before(dtype):
+    values = random(300, 200).to(dtype)
+    assert torch.equal(native.largest(values, 9)[1], torch.cat([native.largest(row[None], 9)[1] for row in values]))
+
+
 def test_rows_in_parts_of_a_larger_matrix_are_read_where_they_are():
     check_largest(random(20, 40)[:, 10:30], 5)
 
@@ -146,7 +152,7 @@ def test_training_takes_the_same_steps_as_on_the_stock_path(case):
 def test_threads_share_the_work_and_change_no_bit():
     latents, rows, tokens = torch.relu(random(500, 96)), random(96, 64, seed=1), random(500, 64, seed=2)
     active = native.Active(native.largest(latents, 9)[1], 96)
-    works = [lambda: native.decode(latents, rows), lambda: native.sum_tokens(latents, tokens), lambda: native.largest(latents, 9)[0].sort(1).values,
+    works = [lambda: native.decode(latents, rows), lambda: native.sum_tokens(latents, tokens), lambda: native.largest(latents, 9)[1],
              lambda: torch.cat(active.backward(tokens, rows, None, tokens, latents.gather(1, active.indices.long()))[1::2])]
     before, alone = torch.get_num_threads(), [work() for work in works]
     try:

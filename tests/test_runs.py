@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import saelib
-from saelib import methods, origin, profiles, runs, sources, subjects, sweeps, train
+from saelib import methods, native, origin, profiles, runs, sources, subjects, sweeps, train
 from saelib.runs import RunConfig
 from saelib.sae import SAE, geometric_median
 
@@ -322,18 +322,33 @@ def test_importing_saelib_loads_no_transformers_and_no_plots():
 
 @pytest.mark.parametrize("method, wanted", [("topk", "graph"), ("relu", "graph"), ("batchtopk", "sparse")])
 def test_the_path_is_recorded_steps_on_a_gpu_with_kernels_for_methods_that_do_not_wait(method, wanted, monkeypatch):
-    made = methods.make(method, 64, 4)
+    made, W_enc = methods.make(method, 1024, 4), torch.empty(1024, 64)
     for has_kernels in (False, True):
         monkeypatch.setattr(runs, "has_kernels", lambda device: has_kernels and device.type == "cuda")
-        assert runs.pick_path("auto", "cuda", made) == (wanted if has_kernels else "sparse")
-    assert runs.pick_path("auto", "cpu", made) == "sparse"
-    assert runs.pick_path("dense", "cuda", made) == "dense"
+        assert runs.pick_path("auto", "cuda", made, W_enc) == (wanted if has_kernels else "sparse")
+    assert runs.pick_path("dense", "cuda", made, W_enc) == "dense"
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_the_path_on_a_cpu_is_compiled_where_that_can_be_and_pays(compiles, monkeypatch):
+    def path(method, n_latents, **kind):
+        return runs.pick_path("auto", "cpu", methods.make(method, n_latents, 4), torch.empty(n_latents, 64, **kind))
+
+    monkeypatch.setattr(native, "available", lambda: compiles)
+    fast = "native" if compiles else "sparse"
+    assert [path(method, 1024) for method in ("topk", "multi_topk", "batchtopk", "relu", "topk_ste")] == [fast, fast, fast, "sparse", "sparse"]
+    assert path("topk", 1023) == path("topk", 1024, dtype=torch.float64) == "sparse"
+
+
+def test_a_row_says_which_path_was_chosen():
+    rows = [runs.run(config(n_latents=n, path=path)) for n, path in ((64, "auto"), (1024, "auto"), (1024, "sparse"))]
+    assert [row["provenance"]["path"] for row in rows] == ["sparse", "native" if native.available() else "sparse", "sparse"]
 
 
 def test_the_precision_is_chosen_by_hardware_and_size_and_can_be_set():
-    assert runs.pick_precision("auto", "cpu", runs.BF16_WEIGHTS - 1) == "fp32" == runs.pick_precision("fp32", "cpu", 2**20)
+    assert runs.pick_precision("auto", "cpu", runs.LARGE - 1) == "fp32" == runs.pick_precision("fp32", "cpu", 2**20)
     fast = runs.subjects.fast_dtype("cpu") == torch.bfloat16
-    assert runs.pick_precision("auto", "cpu", runs.BF16_WEIGHTS) == ("bf16" if fast else "fp32")
+    assert runs.pick_precision("auto", "cpu", runs.LARGE) == ("bf16" if fast else "fp32")
 
 
 def test_tasks_side_by_side_keep_their_order_have_a_core_each_and_stop_at_the_first_error():

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy
 import pytest
@@ -6,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import saelib
-from saelib import formats, native
+from saelib import formats, native, runs
 from saelib.sae import SAE, geometric_median
 
 
@@ -89,16 +91,20 @@ def test_what_the_compiled_code_does_not_take_is_said(monkeypatch, d, n, dtype, 
         SAE(d, n, "relu", 0.1).to(dtype).run(torch.zeros(3, d, dtype=dtype), "native")
 
 
-@pytest.mark.parametrize("cpu, fails, rule", [("AVX2", None, "the CPU lacks AVX-512"), ("AVX512", "Ninja is required", "Ninja is required"),
-                                              ("AVX512", "Error building\ng++ ...\nnative.cpp:1: error: no such type", "native.cpp:1: error: no such type")])
-def test_a_machine_that_can_not_compile_is_told_so_each_time_and_nothing_else_is_used(monkeypatch, tmp_path, cpu, fails, rule):
+@pytest.mark.parametrize("cpu, compiler, fails, rule", [
+    ("AVX2", "g++", None, "the CPU lacks AVX-512"), ("AVX512", "no-such-compiler", None, "there is no C\\+\\+ compiler called no-such-compiler"),
+    ("AVX512", sys.executable, RuntimeError("Ninja is required"), "Ninja is required"), ("AVX512", sys.executable, AssertionError(), "AssertionError"),
+    ("AVX512", sys.executable, subprocess.CalledProcessError(1, "g++"), "Command 'g\\+\\+' returned non-zero exit status 1"),
+    ("AVX512", sys.executable, RuntimeError("Error building\ng++ ...\nnative.cpp:1: error: no such type"), "native.cpp:1: error: no such type")])
+def test_a_machine_that_can_not_compile_is_told_so_each_time_and_nothing_else_is_used(monkeypatch, tmp_path, cpu, compiler, fails, rule):
     asked = []
 
     def load(*args, **kwargs):
         asked.append(args)
-        raise RuntimeError(fails)
+        raise fails
 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    monkeypatch.setenv("CXX", compiler)
     monkeypatch.setattr("torch.utils.cpp_extension.load", load)
     monkeypatch.setenv("SAELIB_CACHE", str(tmp_path))  # where nothing was compiled yet
     native.build.cache_clear()
@@ -106,7 +112,9 @@ def test_a_machine_that_can_not_compile_is_told_so_each_time_and_nothing_else_is
         for _ in range(2):
             with pytest.raises(ValueError, match=f"path is 'native': it must be 'sparse' where it can't be compiled: {rule}"):
                 SAE(32, 32, "topk", 2).run(torch.zeros(3, 32), "native")
-        assert not native.available() and len(asked) == (cpu == "AVX512")
+        assert not native.available() and len(asked) == bool(fails)
+        sae = SAE(64, 1024, "topk", 4)  # of a size and method that would gain
+        assert runs.pick_path("auto", "cpu", sae.method, sae.W_enc) == "sparse"
     finally:
         native.build.cache_clear()
 

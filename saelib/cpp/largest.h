@@ -68,9 +68,9 @@ struct Candidates {
     return n;
   }
 
-  // Chooses k, and says above which key they lie, or on it. Throughout, k or more lie above `low`, and fewer above `high`.
+  // Chooses k in order of place, those on the bar last, and says above which key they lie, or on it. Throughout, k or more lie above `low`, and fewer above `high`.
   int32_t choose(int64_t k, int64_t low) {
-    int64_t high = *std::max_element(keys.begin(), keys.begin() + count), n = 0;
+    int64_t high = *std::max_element(keys.begin(), keys.begin() + count), n = count;
     while (n != k && high - low > 1) {
       const int64_t middle = (low + high) >> 1;
       n = above(middle);
@@ -99,7 +99,7 @@ void largest(const Element* values, int64_t rows, int64_t n, int64_t k, Element*
       }
       if (candidates.count > 2 * k) gap = std::max<int64_t>(gap / 2, 1);
       candidates.collect(from, n);
-      const int64_t bar = candidates.choose(k, (least & ~0xFFFF) - 1);
+      const int64_t bar = candidates.choose(k, std::max((least & ~0xFFFF) - 1, LOWEST));
       for (int64_t i = 0; i < k; i++) places[row * k + i] = candidates.chosen[i], found[row * k + i] = from[candidates.chosen[i]];
       least = std::max(bar - gap, LOWEST);
     }
