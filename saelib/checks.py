@@ -6,7 +6,6 @@ import numpy
 import torch
 from torch import Tensor
 
-UNIT_NORM = "unit_norm"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -21,15 +20,11 @@ def is_whole(value) -> bool:
     return isinstance(value, Real) and value == value // 1 and abs(value) < 2**53
 
 
-def check_normalisation(value: str) -> None:
-    """Raise ValueError unless it is the name of something that is done to activations."""
-    require(value in ("none", UNIT_NORM), "normalisation", value, f"'none' or {UNIT_NORM!r}")
-
-
 def as_tensor(x):
     """An array of activations as a tensor: over its own memory where torch can read that, else a copy. Anything else as it is."""
     if not isinstance(x, numpy.ndarray):
         return x
+    require(not numpy.ma.is_masked(x), "source", "an array with masked entries", "one without: leave out the rows that do not count")
     require(x.dtype.kind in "fiu" and x.dtype.itemsize <= 8, "source", f"an array of {x.dtype}", "one of numbers that torch has")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing here writes to activations

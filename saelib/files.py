@@ -48,10 +48,11 @@ def plain(value) -> object:
 
 
 @contextmanager
-def reading(name: str, value: str | Path, rule: str) -> Iterator[None]:
-    """Turn what goes wrong when a file is not what it should be into one ValueError, which names the argument, its value and the rule."""
+def reading(name: str, value: str | Path, rule: str, *also: type[Exception]) -> Iterator[None]:
+    """Turn what goes wrong when a file is not what it should be into one ValueError, which names the argument, its value and the rule.
+    `also` are errors that a library raises for this kind of file."""
     try:
         yield
-    except DAMAGE as error:
+    except (*DAMAGE, *also) as error:
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{name} is {str(value)!r}: it must {rule} ({why})") from None

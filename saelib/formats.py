@@ -6,7 +6,7 @@ what happens to an input first. Where a library normalises it by layer norm, tha
     LayerNorm(x) = s x',  s = sqrt(d_model - 1),  x' = (x - mean_d(x)) / ||x - mean_d(x)||,
 
 so W_enc / s, s W_dec and s b_pre make the same latents, and the same reconstruction once it is scaled back. Where it does not, an SAE of
-normalised activations is written as it is, and wants its inputs normalised there too, as `saelib.sources.normalise` does it. dictionary_learning
+normalised activations is written as it is, and wants its inputs normalised there too, as `SAE.normalised` does it. dictionary_learning
 scales the decoder's rows to unit norm when it loads a ReLU SAE; training here leaves them so. In use Multi-TopK is TopK, and BatchTopK a JumpReLU
 whose threshold is the same for all latents.
 """
@@ -18,19 +18,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saelib.checks import UNIT_NORM, require
+from saelib.checks import require
 from saelib.files import json_of, reading, write_whole
+from saelib.normalisation import UNIT_NORM
 from saelib.sae import SAE
 
 SAELENS = "6.0.0"  # whose files are written: without a version its loader takes them for older ones, and drops their metadata
 
 
-def build(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_pre: Tensor, method: str, sparsity: float, normalisation: str = "none") -> SAE:
-    """An SAE of these weights, both matrices with one row a latent."""
+def build(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_pre: Tensor, method: str, sparsity: float, normalisation: str = "none",
+          n_latents: int | None = None, d_model: int | None = None) -> SAE:
+    """An SAE of these weights, both matrices with one row a latent. The sizes are what the file says of them, if it does."""
+    for name, size, own in (("n_latents", n_latents, len(W_enc)), ("d_model", d_model, W_enc.shape[1])):
+        require(size in (None, own), name, size, f"{own}, as the encoder has it")
     sae = SAE(W_enc.shape[1], len(W_enc), method, sparsity, normalisation=normalisation)
     for name, theirs in (("W_enc", W_enc), ("b_enc", b_enc), ("W_dec", W_dec), ("b_pre", b_pre)):
         own = getattr(sae, name).detach()
         require(theirs.shape == own.shape, name, f"of shape {list(theirs.shape)}", f"of shape {list(own.shape)}")
+        require(bool(theirs.isfinite().all()), name, "a tensor with NaN or Inf", "of finite numbers")
         own.copy_(theirs)
     return sae.eval()
 
@@ -92,7 +97,7 @@ def read_saelens(folder: Path) -> SAE:
         is_batchtopk = bool(threshold.eq(threshold[0]).all()) and k is not None
         require(is_batchtopk, "architecture", kind, "a BatchTopK SAE's, with one threshold for all latents and k in the metadata")
         method = "batchtopk", k
-    sae = build(*scaled(W_enc, b_enc, W_dec, b_pre, scale), *method, UNIT_NORM if normalised == "layer_norm" else "none")
+    sae = build(*scaled(W_enc, b_enc, W_dec, b_pre, scale), *method, UNIT_NORM if normalised == "layer_norm" else "none", about.get("d_sae"), about.get("d_in"))
     if kind == "jumprelu":
         sae.method.threshold.copy_(threshold[0])
         sae.method.n_cuts.fill_(1)
@@ -116,7 +121,7 @@ def read_sparsify(folder: Path) -> SAE:
         require(not about.get(name), name, about.get(name), "false: what predicts other activations is no autoencoder")
     method = about.get("method", "multi_topk" if about.get("multi_topk") else "topk")
     return build(*(tensors[name].float() for name in ("encoder.weight", "encoder.bias", "W_dec", "b_dec")), method, about["k"],
-                 about.get("normalisation", "none"))
+                 about.get("normalisation", "none"), about.get("num_latents") or None, about.get("d_in"))
 
 
 def write_dictionary_learning(sae: SAE, folder: Path) -> None:
@@ -140,7 +145,7 @@ def read_dictionary_learning(folder: Path) -> SAE:
     require(kind in ("AutoEncoderTopK", "AutoEncoder"), "dict_class", kind, "'AutoEncoderTopK' or 'AutoEncoder'")
     method, b_pre = (("topk", int(tensors["k"])), "b_dec") if kind == "AutoEncoderTopK" else (("relu", 0.0), "bias")
     return build(tensors["encoder.weight"].float(), tensors["encoder.bias"].float(), tensors["decoder.weight"].float().t(), tensors[b_pre].float(),
-                 *method, about.get("normalisation", "none"))
+                 *method, about.get("normalisation", "none"), about["trainer"].get("dict_size"), about["trainer"].get("activation_dim"))
 
 
 def write_openai(sae: SAE, folder: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 from saelib.checks import require
-from saelib.methods import METHODS
+from saelib.methods import METHODS, find
 from saelib.runs import RunConfig
 from saelib.sweeps import sweep
 
@@ -67,6 +67,19 @@ def at_best_rates(rows: Sequence[dict], l0: float) -> list[dict]:
     return [row for row in rows if row["config"]["lr"] == best[row["config"]["method"]]]
 
 
+def check_comparable(rows: Sequence[dict]) -> None:
+    """Raise ValueError unless these rows can stand on one frontier: all of one subject and one size, and those of one method alike but for
+    their knob and their seed, each pair of these once."""
+    configs = [row["config"] for row in rows]
+    for method in [None, *{config["method"] for config in configs}]:
+        members = [config for config in configs if method in (None, config["method"])]
+        for name in ("subject", "n_latents") if method is None else sorted({name for config in members for name in config} - {"sparsity", "seed"}):
+            values = sorted({str(config.get(name)) for config in members})
+            require(len(values) <= 1, "rows", f"of {name} {', '.join(values)} on one frontier", f"alike in it: plots.frontier(panel={name!r}) sets them apart")
+        pairs = [(config["sparsity"], config["seed"]) for config in members]
+        require(method is None or len(set(pairs)) == len(pairs), "rows", f"of {method} with one sparsity and seed twice", "of different runs")
+
+
 def ratios(rows: Sequence[dict], over: str, under: str) -> dict[float, dict[int, float]]:
     """How many times `over`'s normalized MSE is `under`'s, for each run of `under`, at that run's own L0.
 
@@ -78,7 +91,12 @@ def ratios(rows: Sequence[dict], over: str, under: str) -> dict[float, dict[int,
 
     Returns:
         Sparsity of `under` -> seed -> MSE(over) / MSE(under).
+
+    Raises:
+        ValueError: runs that differ in more, or a method that there is not.
     """
+    compared = [row for row in rows if row["config"]["method"] in (find(over).key, find(under).key)]
+    check_comparable(compared)
     frontier: dict[int, list[tuple[float, float]]] = {}
     for row in rows:
         if row["config"]["method"] == over:

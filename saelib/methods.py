@@ -1,4 +1,5 @@
 """The methods: an activation function with its penalty. A new one is one class here and one entry in `METHODS`."""
+import math
 from collections.abc import Callable
 from numbers import Real
 from typing import ClassVar
@@ -38,7 +39,7 @@ class Method(nn.Module):
         """Raise ValueError if `sparsity` is not a value that this method can take."""
 
     def forward(self, pre_acts: Float[Tensor, "batch n_latents"]) -> Float[Tensor, "batch n_latents"]:
-        """Latents from pre-activations: exact zeros where silent."""
+        """Latents from pre-activations: 0 or more, and exact zeros where silent."""
         raise TypeError(f"{type(self).__name__} has no forward: a method defines its activation function")
 
     def penalty(self, sae, x, out) -> dict[str, Tensor]:
@@ -56,8 +57,8 @@ class ReLU(Method):
     key, label, knob, grid = "relu", "ReLU + L1", "l1_coef", (0.02, 0.04, 0.07, 0.11, 0.17)
 
     def check(self) -> None:
-        if not self.sparsity >= 0:
-            raise ValueError(f"sparsity is {self.sparsity!r}: an L1 coefficient must be 0 or more")
+        if not 0 <= self.sparsity < math.inf:
+            raise ValueError(f"sparsity is {self.sparsity!r}: an L1 coefficient must be 0 or more, and finite")
 
     def forward(self, pre_acts: Float[Tensor, "batch n_latents"]) -> Float[Tensor, "batch n_latents"]:
         return torch.relu(pre_acts)
@@ -187,6 +188,7 @@ def kernel(method: Method) -> str | None:
 def find(key: str) -> type[Method]:
     """The method called `key`. Raise ValueError if there is none."""
     require(key in METHODS, "method", key, f"one of {', '.join(METHODS)}")
+    require(METHODS[key].key == key, "method", key, f"found under its own key, {METHODS[key].key!r}")
     return METHODS[key]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saelib import dense
 from saelib.checks import as_tensor, require
+from saelib.normalisation import check_normalised
 
 BATCH = 2048
 MATCH = 0.9  # cosine similarity above which a decoder row counts as a true feature
@@ -53,21 +54,24 @@ def evaluate(sae, x: Tensor | numpy.ndarray | Iterable, mean: Tensor | numpy.nda
     Returns:
         `normalized_mse`, `explained_variance`, `l0` (mean number of active latents a token), `l1` (mean sum of the
         latents a token), `dead_fraction` (latents that fire on none of these tokens), `short_fraction` (tokens with
-        fewer active latents than the method's k; 0 without a k), `n_tokens`. The first two are NaN where there is nothing to explain.
+        fewer active latents than the method's k; 0 without a k), `n_tokens` (how many were judged). The first two are NaN where there is nothing to explain.
 
     Raises:
-        ValueError: no tokens, a wrong shape, or activations that are not finite.
+        ValueError: no tokens, a wrong shape, activations that are not finite, or not normalised as the SAE's were (see `SAE.normalised`).
 
     Paper: §2.1 (normalized MSE), §2.4 (dead latents)
     """
+    require(isinstance(sae, torch.nn.Module), "sae", type(sae).__name__, "an SAE")
     device = sae.W_dec.device
     n_tokens, n_short, active, l1, fired = 0, 0, 0, 0.0, torch.zeros(sae.n_latents, dtype=torch.bool, device=device)
     scratch, mean = dense.Scratch(), as_tensor(mean)
-    require(mean is None or mean.shape == (sae.d_model,), "mean", mean, f"None, or of shape [d_model = {sae.d_model}]")
+    is_mean = isinstance(mean, Tensor) and mean.shape == (sae.d_model,) and bool(mean.isfinite().all())
+    require(mean is None or is_mean, "mean", mean, f"None, or finite numbers of shape [d_model = {sae.d_model}]")
     sums = {name: torch.zeros(sae.d_model, dtype=torch.float64, device=device) for name in ("x", "x²", "e", "e²")}
     for batch in rows(x):
         batch = batch.to(device)
         sae.check(batch)
+        check_normalised(batch, sae.normalisation)
         with judging(sae):
             out = sae.run(batch, scratch=scratch)
         error, l0 = (batch - out.x_hat).double(), (out.latents != 0).sum(1)
@@ -81,6 +85,7 @@ def evaluate(sae, x: Tensor | numpy.ndarray | Iterable, mean: Tensor | numpy.nda
         raise ValueError("x is empty: it must hold at least one token")
     if not torch.isfinite(sums["x²"]).all():
         raise ValueError("x holds NaN or Inf: activations must be finite")
+    require(bool(torch.isfinite(sums["e²"]).all()), "sae", "one that reconstructs NaN or Inf", "of finite weights")
     mean_x, mean_e = sums["x"] / n_tokens, sums["e"] / n_tokens
     centre = mean_x if mean is None else mean.to(device).double()
     about_centre = (sums["x²"] - 2 * centre * sums["x"] + n_tokens * centre**2).sum()

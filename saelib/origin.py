@@ -14,7 +14,7 @@ import torch
 from saelib import methods, native, subjects, texts
 
 PACKAGE = Path(__file__).parent
-DECIDING = ("auxk", "cache", "checkpoints", "checks", "dense", "files", "graphs", "kernels", "losses", "methods", "metrics", "modes", "native", "origin", "pairs", "products", "runs", "sae", "selection",
+DECIDING = ("auxk", "cache", "checkpoints", "checks", "dense", "files", "graphs", "kernels", "losses", "methods", "metrics", "modes", "native", "normalisation", "origin", "pairs", "products", "runs", "sae", "selection",
             "sources", "subjects", "texts", "train", "triton_adam", "triton_kernels", "triton_select", "variants")
 
 

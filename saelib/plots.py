@@ -159,12 +159,12 @@ def frontier(rows: Sequence[dict], *, panel: str = "subject", x: str = "l0", y: 
         x, y: metrics.
         ylabel, logy: of the vertical axis.
     """
+    from saelib.frontiers import check_comparable
     from saelib.methods import METHODS
     panels = group(rows, lambda row: row["config"][panel])
     picture, axes = canvas(len(panels), sharey=False)
     for ax, (name, members) in zip(axes, panels.items()):
-        sizes = sorted({row["config"]["n_latents"] for row in members})
-        require(len(sizes) == 1, "rows", f"of n_latents {', '.join(map(str, sizes))} in one panel", "of one size each: panel='n_latents' sets sizes apart")
+        check_comparable(members)
         by_method = group(members, lambda row: row["config"]["method"])
         series = {METHODS[m].label: points_of(rs, lambda r: r["metrics"][x], lambda r: r["metrics"][y]) for m, rs in by_method.items()}
         looks = {METHODS[m].label: LOOK.get(m, LOOK["spare"]) for m in by_method}

@@ -54,6 +54,8 @@ class RunConfig:
         for name, value in vars(self).items():  # numpy's numbers are no JSON, nor do checkpoints hold them
             if isinstance(value, (numpy.generic, PurePath)):
                 object.__setattr__(self, name, plain(value))
+        for name, kinds in (("subject", str), ("text", str | None)):
+            require(isinstance(getattr(self, name), kinds), name, type(getattr(self, name)).__name__, "a name or a path: save activations of your own as .npy to sweep over them")
         whole = {"n_latents": 1, "n_tokens": 1, "batch_size": 1, "seed": 0, "source_tokens": 1, "layer": 1, "dead_after": 1}
         for name, least in whole.items():
             value = getattr(self, name)
@@ -118,6 +120,7 @@ def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", 
     Returns:
         `Fit`, as `fit` does, which calls this.
     """
+    require(isinstance(source, sources.Source), "source", type(source).__name__, "a saelib source, as `sources.from_tensor` makes one")
     config, device = config.resolve(), pick_device(device)
     batch_size = min(config.batch_size, config.n_tokens)
     sae = SAE(source.d_model, config.n_latents, config.method, config.sparsity, normalisation=source.normalisation, seed=config.seed)
@@ -156,7 +159,8 @@ def fit(source: Tensor | numpy.ndarray | sources.Source, method: str = "topk", s
     """Train a sparse autoencoder on activations.
 
     Args:
-        source: [n_tokens, d_model] activations, a tensor or an array, used as they are; or a saelib source.
+        source: [n_tokens, d_model] activations, a tensor or an array, used as they are; or a saelib source. Learning rates and L1 coefficients
+            of this book are for vectors of norm 1, which `sources.from_tensor(x, normalisation="unit_norm")` makes of yours.
         method: a key of `METHODS`.
         sparsity: k for "topk", the L1 coefficient for "relu".
         n_latents: size of the dictionary.
@@ -200,15 +204,21 @@ def open_source(config: RunConfig, device: str = "auto") -> sources.Source:
         return _SOURCES[key]
 
 
-def run(config: RunConfig, device: str = "auto", on_tokens=None, checkpoint: Path | None = None) -> dict:
-    """One row: what was asked, what was measured, and where.
+def run(config: RunConfig, device: str = "auto", on_tokens=None, checkpoint: Path | None = None, folder: Path | None = None) -> dict:
+    """One row: what was asked, what was measured, and where. With a `folder` the SAE is saved there, and the row names it as `sae`.
 
     Returns:
-        {"config", "metrics", "provenance", "date"}, JSON-able.
+        {"config", "metrics", "provenance", "date"}, JSON-able. A short text gives fewer tokens than the config asks for: `source_tokens` of the provenance
+        says how many there were.
     """
     device = pick_device(device)
     made = provenance(device) | {"inputs": inputs(config)}  # as they are now: training may take hours
-    result = fit_source(open_source(config, device), config, device, on_tokens, checkpoint)
+    source = open_source(config, device)
+    result = fit_source(source, config, device, on_tokens, checkpoint)
     sae = result.sae
-    made |= {"precision": pick_precision(config.precision, device, sae.W_enc.numel()), "path": pick_path(config.path, device, sae.method, sae.W_enc)}
-    return {"config": asdict(config), "metrics": result.metrics, "provenance": made, "date": time.strftime("%Y-%m-%d")}
+    made |= {"source_tokens": source.n_tokens, "precision": pick_precision(config.precision, device, sae.W_enc.numel()), "path": pick_path(config.path, device, sae.method, sae.W_enc)}
+    row = {"config": asdict(config), "metrics": result.metrics, "provenance": made, "date": time.strftime("%Y-%m-%d")}
+    if folder:
+        sae.save(folder)
+        row["sae"] = str(folder)
+    return row

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from saelib import dense, kernels, methods, native, pairs
-from saelib.checks import check_normalisation, is_whole, require
+from saelib.checks import is_whole, require
 from saelib.files import json_of, reading, write_whole
+from saelib.normalisation import UNIT_NORM, check_normalisation, normalise, size_and_mean
 
 FORMAT = "saelib-1"
 PAIRS = {"sparse": pairs.Active, "native": native.Active, "dense": pairs.Active}  # what each path computes with; the dense one does in AuxK alone
@@ -55,7 +56,7 @@ class SAE(nn.Module):
         n_latents: how many latents.
         method: a key of `METHODS`.
         sparsity: the value of the method's knob, k or an L1 coefficient.
-        normalisation: what was done to the inputs that this SAE expects (see `saelib.sources.normalise`).
+        normalisation: what was done to the inputs that this SAE expects (see `saelib.normalisation.normalise`).
         seed: of the initial directions.
 
     Raises:
@@ -78,7 +79,8 @@ class SAE(nn.Module):
         self.b_enc, self.b_pre = nn.Parameter(torch.zeros(n_latents)), nn.Parameter(torch.zeros(d_model))
 
     def check(self, x: Tensor) -> None:
-        """Raise ValueError unless x is [batch, d_model], of floating-point numbers."""
+        """Raise ValueError unless x is a tensor [batch, d_model] of floating-point numbers."""
+        require(isinstance(x, Tensor), "x", type(x).__name__, "a tensor")
         require(x.is_floating_point(), "x", f"of {x.dtype}", "of floating-point numbers")
         if x.dim() != 2 or x.shape[1] != self.d_model:
             raise ValueError(f"x has shape {list(x.shape)}: it must be [batch, d_model = {self.d_model}]")
@@ -136,8 +138,16 @@ class SAE(nn.Module):
             return Output(self.decode(latents), latents, None)
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The reconstruction x_hat of activations x, in their type and shape, as a model's hook hands them over."""
-        return self.run(x.reshape(-1, x.shape[-1])).x_hat.to(x.dtype).view(x.shape)
+        """The reconstruction of a model's activations x, as a hook hands them over: in their type, their shape and their units. For an SAE of
+        normalised activations they are normalised first, and what it makes of them is scaled and shifted back."""
+        tokens = x.reshape(-1, x.shape[-1])
+        self.check(tokens)
+        size, mean = size_and_mean(tokens) if self.normalisation == UNIT_NORM else (1, 0)
+        return (self.run(self.normalised(tokens)).x_hat * size + mean).to(x.dtype).view(x.shape)
+
+    def normalised(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """A model's activations as this SAE expects its inputs: what `encode`, `run` and `saelib.evaluate` take."""
+        return normalise(x) if self.normalisation == UNIT_NORM else x
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
@@ -145,7 +155,7 @@ class SAE(nn.Module):
         self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
 
     def extra_repr(self) -> str:
-        return f"d_model={self.d_model}, n_latents={self.n_latents}, {self.method.knob}={self.method.sparsity:g}"
+        return f"d_model={self.d_model}, n_latents={self.n_latents}, method={self.method.key!r}, {self.method.knob}={self.method.sparsity:g}, normalisation={self.normalisation!r}"
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
@@ -182,8 +192,9 @@ def load(folder: str | Path) -> SAE:
         sae = SAE(**about)
         tensors = load_file(folder / "sae.safetensors")
         for name, own in sae.state_dict().items():
-            if name not in tensors or tensors[name].shape != own.shape:
-                raise ValueError(f"folder is {str(folder)!r}: {name} must be a tensor of shape {list(own.shape)}")
+            if name not in tensors or tensors[name].shape != own.shape or not tensors[name].isfinite().all():
+                raise ValueError(f"folder is {str(folder)!r}: {name} must be a tensor of shape {list(own.shape)}, of finite numbers")
+        require(tensors.keys() == sae.state_dict().keys(), "folder", str(folder), f"one with no other tensors than {', '.join(sae.state_dict())}")
         sae.load_state_dict(tensors)
     return sae.eval()
 

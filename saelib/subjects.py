@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from saelib import cache, sources, texts
-from saelib.checks import UNIT_NORM, is_whole, require
+from saelib.checks import is_whole, require
 from saelib.files import reading
+from saelib.normalisation import UNIT_NORM
 from saelib.products import multiplies_bf16
 
 PYGPT = Path(__file__).parent / "pygpt"
@@ -57,7 +58,7 @@ def load(subject: str, device: str = "cpu"):
     """The model and the tokenizer of a subject, ready to be read. `trust_remote_code` is never set."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
     folder = folder_of(subject)
-    with LOADING, reading("subject", subject, "be 'synthetic', 'pygpt', 'minilm', a .npy or .safetensors file, or a Hugging Face model by hub name or local folder"):
+    with LOADING, reading("subject", subject, "be 'synthetic', 'pygpt', 'minilm', a .npy or .safetensors file, or a Hugging Face model by hub name or local folder", ValueError):
         causal = any("CausalLM" in name or "LMHead" in name for name in AutoConfig.from_pretrained(folder).architectures or [])
         model = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(folder, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -113,7 +114,8 @@ def residual_stream(model: nn.Module, ids: Tensor, layer: int) -> Tensor:
 def wrapping(tokenizer) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer puts before and after a text: [CLS] and [SEP], a beginning of sequence, or none."""
     bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    before = next(i for i in range(len(whole)) if whole[i: i + len(bare)] == bare)
+    before = next((i for i in range(len(whole)) if whole[i: i + len(bare)] == bare), None)
+    require(before is not None, "subject", tokenizer.name_or_path, "a model whose tokenizer is there and makes tokens of text")
     return whole[:before], whole[before + len(bare):]
 
 
@@ -167,6 +169,8 @@ def activations(subject: str, text: str, split: str, n_tokens: int, layer: int |
     inner = slice(len(before), CONTEXT - len(after))
     width = inner.stop - inner.start
     ids = windows(texts.documents(text, split), tokenizer, -(-n_tokens // width))
+    n_known = model.get_input_embeddings().num_embeddings
+    require(int(ids.max()) < n_known, "subject", f"{subject}, whose tokenizer makes token {int(ids.max())},", f"a model that knows it: this one knows {n_known}")
     with tqdm(total=len(ids) * width, initial=start, unit="tok", unit_scale=True, delay=5, desc=f"{Path(subject).name}, {split}", file=sys.stderr) as bar:
         for piece in harvest(model, ids[start // width:], max(1, int(DEPTH * len(blocks(model)))) if layer is None else layer, inner, device):
             yield piece
@@ -191,17 +195,18 @@ def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: 
 
     Paper: §2.1
     """
+    require(isinstance(subject, str | Path), "subject", subject, "a name or a path")
     require(is_whole(n_tokens) and n_tokens >= 1, "n_tokens", n_tokens, "a whole number, 1 or more")
     require(layer is None or is_whole(layer) and layer >= 1, "layer", layer, "a whole number, 1 or more")
     device, n_tokens = pick_device(device), int(n_tokens)
     is_file = Path(subject).suffix in sources.FILE_TYPES
+    require(is_file or not Path(subject).is_file(), "subject", str(subject), f"a folder of a model, or a file of activations that ends in {' or '.join(sources.FILE_TYPES)}")
     if subject == "synthetic" or is_file:
         for name, value in (("text", text), ("layer", layer)):
             require(value is None, name, value, f"None for {subject}, which no model reads")
         return sources.from_file(Path(subject), n_tokens) if is_file else sources.synthetic(n_tokens)
-    text = text or TEXT_OF.get(subject)
-    if text is None:
-        raise ValueError(f"text is None: subject {subject!r} needs 'python', 'english', a local file or folder, or a data set's name")
+    text = TEXT_OF.get(subject) if text is None else text
+    require(bool(text), "text", text, f"'python', 'english', a local file or folder, or a data set's name: of the subjects only {', '.join(TEXT_OF)} have one of their own")
     n_held_out, parts = max(HELD_OUT_TOKENS, n_tokens // 10), {}
     key = {"subject": model_key(subject), "text": texts.fingerprint(text), "layer": layer, "context": CONTEXT, "normalisation": UNIT_NORM,
            "dtype": str(fast_dtype(device)), "code": CODE}

@@ -92,7 +92,16 @@ def side_by_side(task: Callable, items: Iterable, device: str = "cpu", stop: thr
             torch.set_num_threads(n_threads)
 
 
-def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, device: str = "auto", progress: bool = True) -> list[dict]:
+def finished(store: Path | str, keep: Path | str | None) -> dict[tuple[str, str], dict]:
+    """The rows of a store that count, by config and inputs: those of this code, with their SAE if SAEs are to be kept."""
+    rows = read_rows(store)
+    require(all({"config", "provenance"} <= set(row) for row in rows), "store", str(store), "a file of rows that a sweep wrote")
+    return {(json.dumps(row["config"]), row["provenance"].get("inputs")): row for row in rows
+            if row["provenance"]["code"] == code_hash() and (keep is None or Path(row.get("sae", ""), "sae.json").is_file())}
+
+
+def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, keep: Path | str | None = None, device: str = "auto",
+          progress: bool = True) -> list[dict]:
     """The rows of `configs`, in their order: read from the store where it has them, run where it lacks them.
 
     A row counts only if it was made by the code that is here, from the files that are here (see `saelib.origin`). Members run side by side, a thread and a core or a stream
@@ -102,16 +111,16 @@ def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, devi
     Args:
         configs: what to run.
         store: a file of JSON lines; None keeps nothing.
+        keep: a folder for the SAEs, each in a folder of its own below it, which its row names as `sae`; None keeps none.
         device: "cpu", "cuda", or "auto".
         progress: show a progress bar on stderr.
 
     Returns:
         One row (see `run`) for each config.
     """
+    require(not isinstance(configs, RunConfig), "configs", "a single RunConfig", "a list of them")
     configs, device = list(configs), pick_device(device)
-    rows = read_rows(store) if store else []
-    require(all({"config", "provenance"} <= set(row) for row in rows), "store", str(store), "a file of rows that a sweep wrote")
-    kept = {(json.dumps(row["config"]), row["provenance"].get("inputs")): row for row in rows if row["provenance"]["code"] == code_hash()}
+    kept = finished(store, keep) if store else {}
     names = {config: (json.dumps(asdict(config)), inputs(config)) for config in configs}
     done = {config: kept[name] for config, name in names.items() if name in kept}
     todo = [config for config in names if config not in done]
@@ -129,9 +138,10 @@ def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, devi
             raise KeyboardInterrupt
 
     def member(config: RunConfig) -> None:
-        identity = "".join(names[config]) + code_hash()
+        identity = sha256(("".join(names[config]) + code_hash()).encode()).hexdigest()[:16]
+        folder = keep and Path(keep) / f"{config.method}_{config.sparsity:g}_seed{config.seed}_{identity}"
         try:
-            row = run(config, device, count, checkpoints and checkpoints / f"{sha256(identity.encode()).hexdigest()[:16]}.pt")
+            row = run(config, device, count, checkpoints and checkpoints / f"{identity}.pt", folder)
         except Exception as error:
             error.add_note(f"in {config}")
             raise

@@ -10,6 +10,7 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -79,8 +80,15 @@ def local_text(path: Path, split: str) -> Iterator[str]:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The file itself, or the files in a folder and below."""
-    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    """The file itself, or the files in a folder and below, but for hidden ones."""
+    return sorted(p for p in path.rglob("*") if p.is_file() and not any(part[0] == "." for part in p.relative_to(path).parts)) if path.is_dir() else [path]
+
+
+def is_local(text: str) -> bool:
+    """Whether there is a file or a folder of that name."""
+    with suppress(OSError):  # too long for one
+        return Path(text).exists()
+    return False
 
 
 def hub_text(name: str, split: str) -> Iterator[str]:
@@ -97,14 +105,14 @@ def documents(text: str, split: str) -> Iterator[str]:
     """The documents of a text that belong to `split`: "python", "english", a local file or folder, or a hub name."""
     if text in STDLIB_TEXTS:
         return STDLIB_TEXTS[text](split)
-    return local_text(Path(text), split) if Path(text).exists() else hub_text(text, split)
+    return local_text(Path(text), split) if is_local(text) else hub_text(text, split)
 
 
 def fingerprint(text: str) -> str:
     """What identifies a text in the cache's key: a hash of its bytes where they are here, else its name."""
     if text in STDLIB_TEXTS:
         files = [path for split in ("train", "test") for path in stdlib_files(split)]
-    elif Path(text).exists():
+    elif is_local(text):
         files = files_of(Path(text))
     else:
         return text

@@ -95,7 +95,9 @@ class Loop:
     def terms(self, x: Tensor, out: Output, precision: str, kind: type[pairs.Active]) -> dict[str, Tensor]:
         """The weighted terms of the loss. Their sum is optimised; the same dict is the log."""
         terms = {"squared_error": losses.squared_error(x, out.x_hat)}
-        terms |= {name: self.penalty_scale * term for name, term in self.sae.method.penalty(self.sae, x, out).items()}
+        penalty = self.sae.method.penalty(self.sae, x, out)
+        require(not penalty.keys() & {"squared_error", "auxk"}, "penalty", list(penalty), "a dict of terms with other names than squared_error and auxk")
+        terms |= {name: self.penalty_scale * term for name, term in penalty.items()}
         if self.auxk_coef:
             dead, is_dead = self.dead()
             terms["auxk"] = self.auxk_coef * auxk_term(self.sae, x, out.x_hat, dead, self.k_aux, precision, is_dead, kind)

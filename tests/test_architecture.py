@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 SAELIB = Path(__file__).parents[1] / "saelib"
-ORDER = ["checks", "files", "modes", "cache", "checkpoints", "losses", "triton_adam", "triton_kernels", "triton_select", "selection", "products", "pairs", "kernels", "native", "dense", "methods", "variants", "sae", "metrics", "auxk", "graphs", "train", "sources", "texts", "subjects", "origin", "runs", "formats", "sweeps", "refine", "frontiers", "profiles", "contestants", "peers", "timing", "parts", "speed_rows", "bench", "labels", "plots", "speed_plots", "criteria", "claims", "verdicts", "definitions"]
+ORDER = ["checks", "normalisation", "files", "modes", "cache", "checkpoints", "losses", "triton_adam", "triton_kernels", "triton_select", "selection", "products", "pairs", "kernels", "native", "dense", "methods", "variants", "sae", "metrics", "auxk", "graphs", "train", "sources", "texts", "subjects", "origin", "runs", "formats", "sweeps", "refine", "frontiers", "profiles", "contestants", "peers", "timing", "parts", "speed_rows", "bench", "labels", "plots", "speed_plots", "criteria", "claims", "verdicts", "definitions"]
 MODULES = sorted(p for p in SAELIB.glob("*.py") if p.name != "__init__.py")
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import saelib
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "book").glob("*.md")), *sorted((ROOT / "notebooks").glob("*.ipynb"))]
 
@@ -39,6 +41,20 @@ def test_the_five_lines_for_your_own_activations_run(tmp_path, monkeypatch):
     torch.save(torch.randn(300, 12), "activations.pt")
     exec(blocks(ROOT / "book" / "rerun.md", "python")[0].replace("4096", "64"), {})
     assert (tmp_path / "my_sae" / "sae.json").exists()
+    block = torch.nn.Linear(12, 12)
+    named = {"saelib": saelib, "x": torch.load("activations.pt"), "block": block}
+    exec(blocks(ROOT / "book" / "rerun.md", "python")[1], named)
+    assert named["latents"].shape == (300, 64)
+    ids = torch.randn(2, 5, 12)
+    torch.testing.assert_close(block(ids), named["sae"](torch.nn.functional.linear(ids, block.weight, block.bias)))  # the hook is at work
+
+
+def test_the_lines_for_many_runs_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = next(block for block in blocks(ROOT / "book" / "rerun.md", "python") if "RunConfig" in block)
+    named = {}
+    exec(code.replace('"pygpt"', '"synthetic"').replace("300_000", "2_000").replace("1024", "64"), named)
+    assert len(named["rows"]) == 4 and named["sae"].method.sparsity == 32 and len(list((tmp_path / "runs" / "mine").iterdir())) == 4
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

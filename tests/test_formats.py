@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from saelib import formats, sources
-from saelib.checks import UNIT_NORM
+from saelib.normalisation import UNIT_NORM
 from saelib.sae import SAE
 
 D, N, K = 12, 40, 5
@@ -36,13 +36,8 @@ def make(method, normalisation):
 
 
 def ours(sae, x):
-    """Latents and reconstruction of raw activations: normalised for the SAE, and scaled back."""
-    if sae.normalisation == "none":
-        return sae.encode(x), sae(x)
-    mean = x.mean(1, keepdim=True)
-    norm = (x - mean).norm(dim=1, keepdim=True)
-    inner = sources.normalise(x)
-    return sae.encode(inner), sae(inner) * norm + mean
+    """Latents and reconstruction of raw activations."""
+    return sae.encode(sae.normalised(x)), sae(x)
 
 
 def layer_norm(x):
@@ -252,3 +247,23 @@ def test_a_tensor_of_another_shape_is_named_and_not_broadcast(format, file, name
     save_file(tensors | {name: tensors[name][:1].clone()}, tmp_path / file)
     with pytest.raises(ValueError, match=r"is 'of shape \[1\]': it must be of shape"):
         formats.load(tmp_path, format)
+
+
+@pytest.mark.parametrize("format, file, changes, message", [
+    ("saelens", "cfg.json", {"d_sae": 99}, "n_latents is 99: it must be 40, as the encoder has it"), ("saelens", "cfg.json", {"d_in": 99}, "d_model is 99: it must be 12"),
+    ("sparsify", "cfg.json", {"num_latents": 7}, "n_latents is 7: it must be 40"), ("sparsify", "cfg.json", {"d_in": 9}, "d_model is 9: it must be 12"),
+    ("dictionary_learning", "config.json", {"trainer": {"dict_class": "AutoEncoderTopK", "dict_size": 7}}, "n_latents is 7: it must be 40")])
+def test_sizes_that_a_file_states_are_those_of_its_weights(format, file, changes, message, tmp_path):
+    formats.save(make("topk", "none"), tmp_path, format)
+    (tmp_path / file).write_text(json.dumps(json.loads((tmp_path / file).read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        formats.load(tmp_path, format)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    formats.save(make("topk", "none"), tmp_path, "sparsify")
+    tensors = load_file(tmp_path / "sae.safetensors")
+    tensors["W_dec"][3, 2] = torch.nan
+    save_file(tensors, tmp_path / "sae.safetensors")
+    with pytest.raises(ValueError, match="W_dec is 'a tensor with NaN or Inf': it must be of finite numbers"):
+        formats.load(tmp_path, "sparsify")

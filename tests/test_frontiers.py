@@ -58,3 +58,22 @@ def test_bisection_ends_at_the_wanted_l0_and_counts_every_run(monkeypatch):
     assert abs(rows[-1]["metrics"]["l0"] / 32 - 1) <= 0.05 and len(rows) == len(asked) > 2
     assert asked == pytest.approx([2.0**-e for e in (1, 3, 5, 4, 3.5, 3.25, 3.375)])  # by factors of 4, then halfway between exponents: L0 is 32 at 2^-3.415
     assert len(frontiers.bisect(RunConfig("synthetic", "relu", 3 / 32, 8, 10), 32)) == 1
+
+
+@pytest.mark.parametrize("change, rule", [
+    ({"n_tokens": 9}, "rows is 'of n_tokens 5, 9 on one frontier': it must be alike in it"), ({"lr": 0.2}, "of lr 0.1, 0.2 on one frontier"),
+    ({"n_latents": 16}, "of n_latents 16, 8 on one frontier"), ({"subject": "b"}, "of subject a, b on one frontier"),
+    ({}, "rows is 'of topk with one sparsity and seed twice': it must be of different runs")])
+def test_only_runs_that_are_alike_share_a_frontier(change, rule):
+    config = {"subject": "a", "method": "topk", "sparsity": 4, "n_latents": 8, "n_tokens": 5, "lr": 0.1, "seed": 0}
+    row = lambda **changes: {"config": config | changes, "metrics": {"l0": 4.0, "normalized_mse": 0.5}}
+    alike = [row(), row(seed=1), row(sparsity=8), row(method="relu", sparsity=0.1, lr=0.3), row(method="relu", sparsity=0.2, lr=0.3)]
+    frontiers.check_comparable(alike)
+    for compare in (frontiers.check_comparable, lambda rows: frontiers.ratios(rows, "relu", "topk")):
+        with pytest.raises(ValueError, match=rule):
+            compare([*alike, row(**change)])
+
+
+def test_a_method_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="method is 'TopK': it must be one of"):
+        frontiers.ratios([], "relu", "TopK")

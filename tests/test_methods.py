@@ -128,3 +128,9 @@ def test_batchtopk_in_use_does_not_look_at_the_other_tokens_of_a_batch():
     torch.testing.assert_close(sae(x)[:7], sae(x[:7]))
     torch.testing.assert_close(sae(x)[:7], in_training)  # the same batch again and again: its threshold is the mean
     torch.testing.assert_close(sae.encode(x) @ sae.W_dec + sae.b_pre, sae(x))
+
+
+def test_a_method_is_found_under_its_own_key_alone(monkeypatch):
+    monkeypatch.setitem(methods.METHODS, "other", methods.TopK)
+    with pytest.raises(ValueError, match="method is 'other': it must be found under its own key, 'topk'"):
+        methods.make("other", 8, 2)

@@ -116,7 +116,7 @@ def test_batches_may_be_arrays_and_what_is_no_batch_is_named():
     assert saelib.evaluate(sae, [part.numpy() for part in x.split(10)], x.numpy().mean(0)) == pytest.approx(want)
     with pytest.raises(ValueError, match="x is 'batches of list': it must be batches that are tensors or arrays"):
         saelib.evaluate(sae, [[x]])
-    with pytest.raises(ValueError, match=r"mean is .*: it must be None, or of shape \[d_model = 6\]"):
+    with pytest.raises(ValueError, match=r"mean is .*: it must be None, or finite numbers of shape \[d_model = 6\]"):
         saelib.evaluate(sae, x, torch.zeros(1))
 
 
@@ -124,3 +124,23 @@ def test_l1_of_a_half_precision_sae_has_room():
     sae, x = SAE(32, 128, "relu", 0.1), 30 * torch.randn(1000, 32)
     want = saelib.evaluate(sae, x)["l1"]
     assert want * 1000 > 65504 and saelib.evaluate(sae.half(), x)["l1"] == pytest.approx(want, rel=0.01)
+
+
+def test_an_sae_of_normalised_activations_is_judged_on_such():
+    sae, raw = SAE(6, 9, "topk", 2, normalisation="unit_norm"), torch.randn(50, 6) * 3
+    with pytest.raises(ValueError, match="x is 'with a vector of norm .*': it must be what sae.normalised makes of activations"):
+        saelib.evaluate(sae, raw)
+    half = saelib.evaluate(sae, torch.cat([sae.normalised(raw), torch.zeros(1, 6)]).half())  # of a constant vector nothing is left
+    assert half["n_tokens"] == 51 and saelib.evaluate(SAE(6, 9, "topk", 2), raw)["n_tokens"] == 50
+
+
+def test_what_is_no_sae_or_no_mean_and_weights_that_are_no_numbers_are_refused():
+    sae, x = SAE(4, 6, "topk", 2), torch.randn(20, 4)
+    for args, rule in (((1, x), "sae is 'int': it must be an SAE"),
+                       ((sae, x, torch.full((4,), torch.nan)), "mean is tensor.*: it must be None, or finite")):
+        with pytest.raises(ValueError, match=rule):
+            saelib.evaluate(*args)
+    with torch.no_grad():
+        sae.W_dec[0] = torch.nan
+    with pytest.raises(ValueError, match="sae is 'one that reconstructs NaN or Inf': it must be of finite weights"):
+        saelib.evaluate(sae, x)

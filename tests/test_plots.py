@@ -95,6 +95,6 @@ def test_a_histogram_counts_what_is_at_or_below_zero():
 def test_sizes_are_not_taken_for_seeds():
     rows = [{"config": {"subject": "synthetic", "method": "topk", "sparsity": k, "n_latents": n, "seed": 0, "n_tokens": 100},
              "metrics": {"l0": k, "normalized_mse": 1 / n / k}, "provenance": {"hardware": "CPU"}} for n in (8, 16) for k in (4, 8)]
-    with pytest.raises(ValueError, match="rows is 'of n_latents 8, 16 in one panel'"):
+    with pytest.raises(ValueError, match="rows is 'of n_latents 16, 8 on one frontier': it must be alike in it: plots.frontier\\(panel='n_latents'\\) sets them apart"):
         plots.frontier(rows)
     assert len(plots.frontier(rows, panel="n_latents").axes) == 2

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -98,7 +99,7 @@ def test_a_row_says_what_was_asked_measured_and_where(tmp_path):
     row = saelib.run(config(), "cpu")
     assert row["config"]["sparsity"] == 4 and row["metrics"]["l0"] <= 4
     assert [(row["config"][name], row["provenance"][name]) for name in ("path", "precision")] == [("auto", "sparse"), ("auto", "fp32")]
-    assert {"saelib", "torch", "python", "hardware", "commit", "code", "inputs", "precision", "path"} == set(row["provenance"])
+    assert {"saelib", "torch", "python", "hardware", "commit", "code", "inputs", "precision", "path", "source_tokens"} == set(row["provenance"])
     assert json.loads(json.dumps(row)) == row
 
 
@@ -494,3 +495,38 @@ def test_files_are_the_same_inputs_in_every_process(tmp_path):
     found = {subprocess.run([sys.executable, "-c", asked], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(origin.PACKAGE.parent), "PYTHONHASHSEED": seed},
                             capture_output=True, text=True, check=True).stdout for seed in "01"}  # in which a set of these names has two orders
     assert len(found) == 1
+
+
+OF_ANOTHER_KIND = {
+    "config(x)": "subject is 'Tensor': it must be a name or a path: save activations of your own as .npy to sweep over them",
+    "config(text=3)": "text is 'int': it must be a name or a path: save activations of your own as .npy to sweep over them",
+    "saelib.sweep(config())": "configs is 'a single RunConfig': it must be a list of them",
+    "runs.fit_source(x, config())": "source is 'Tensor': it must be a saelib source, as `sources.from_tensor` makes one",
+    "sources.from_tensor([[1.0]])": "source is 'list': it must be a tensor or an array",
+    "sources.from_tensor(x, held_out_fraction='0.1')": "held_out_fraction is '0.1': it must be above 0 and below 1",
+    "saelib.open_source(None, 100)": "subject is None: it must be a name or a path",
+}
+
+
+def test_what_is_of_another_kind_is_named():
+    code = ("import torch, saelib\nfrom saelib import runs, sources\nx = torch.zeros(9, 4)\n"  # in a process of its own, where annotations are not checked
+            "config = lambda subject='synthetic', text=None: saelib.RunConfig(subject, 'topk', 4, 64, 100, text=text)\n"
+            f"for call in {list(OF_ANOTHER_KIND)}:\n    try:\n        eval(call)\n    except ValueError as error:\n        print(error)")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.splitlines() == list(OF_ANOTHER_KIND.values())
+
+
+def test_a_row_says_how_many_tokens_its_source_had(monkeypatch):
+    monkeypatch.setattr(runs, "open_source", lambda config, device: sources.from_tensor(torch.randn(100, 4)))
+    assert runs.run(config(n_latents=8, source_tokens=500))["provenance"]["source_tokens"] == 90
+
+
+def test_a_sweep_keeps_its_saes_and_makes_one_that_is_gone_again(tmp_path):
+    configs, store = [config(sparsity=k, n_latents=16) for k in (2, 4)], tmp_path / "rows.jsonl"
+    bare = sweeps.sweep(configs, store, progress=False)
+    rows = sweeps.sweep(configs, store, keep=tmp_path / "saes", progress=False)
+    assert not any("sae" in row for row in bare) and [metrics_of(row) for row in rows] == [metrics_of(row) for row in bare]
+    sae, source = saelib.load(rows[1]["sae"]), runs.open_source(configs[1])
+    assert saelib.evaluate(sae, source.held_out, source.mean)["normalized_mse"] == rows[1]["metrics"]["normalized_mse"]
+    shutil.rmtree(rows[0]["sae"])
+    again = sweeps.sweep(configs, store, keep=tmp_path / "saes", progress=False)
+    assert again[1] == rows[1] and saelib.load(again[0]["sae"]).method.sparsity == 2 and len(store.read_text().splitlines()) == 5

@@ -196,3 +196,9 @@ def test_of_a_file_only_the_tokens_asked_for_are_normalised_whatever_its_byte_or
 def test_an_array_that_torch_has_no_numbers_for_is_named():
     with pytest.raises(ValueError, match="source is 'an array of object': it must be one of numbers that torch has"):
         sources.from_tensor(numpy.array([[None, 1], [2, 3]], dtype=object))
+
+
+def test_a_masked_entry_is_not_trained_on():
+    x = numpy.ma.masked_invalid(numpy.array([[1.0, numpy.nan], [2.0, 3.0]]))
+    with pytest.raises(ValueError, match="source is 'an array with masked entries': it must be one without"):
+        sources.from_tensor(x)

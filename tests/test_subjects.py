@@ -1,5 +1,6 @@
 """The one path that serves all transformers, on small models that are made here."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -146,7 +147,7 @@ def test_the_first_block_is_layer_1_and_other_weights_are_another_model(tiny, te
 
 
 def test_a_subject_without_a_text_is_refused(tiny):
-    with pytest.raises(ValueError, match="text is None: subject .* needs"):
+    with pytest.raises(ValueError, match="text is None: it must be 'python', 'english', a local file"):
         subjects.open_source(tiny["gpt"], 100)
     with pytest.raises(ValueError, match="n_tokens is 0"):
         subjects.open_source("pygpt", 0)
@@ -252,3 +253,43 @@ def test_a_harvest_that_lacks_nothing_but_its_index_is_finished(tiny, text, monk
 
 def test_a_device_may_be_torchs():
     assert subjects.pick_device(torch.device("cpu")) == "cpu"
+
+
+def test_a_model_without_a_tokenizer_or_with_another_ones_is_named(tiny, text, tmp_path):
+    for name in ("without", "smaller"):
+        shutil.copytree(tiny["gpt"], tmp_path / name)
+    GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=64, n_embd=16, n_layer=2, n_head=2)).save_pretrained(tmp_path / "smaller")
+    with pytest.raises(ValueError, match="whose tokenizer makes token .*it must be a model that knows it: this one knows 50"):
+        subjects.open_source(str(tmp_path / "smaller"), 100, text=text)
+    for file in (tmp_path / "without").glob("token*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="subject is '.*without'"):
+        subjects.open_source(str(tmp_path / "without"), 100, text=text)
+
+
+@pytest.mark.parametrize("name, content, rule", [("x.pt", b"x", "it must be a folder of a model, or a file of activations that ends in .npy or .safetensors"),
+                                                 ("x.npy", b"some text", "it must be a readable .npy or .safetensors file of one array")])
+def test_a_file_that_holds_no_activations_is_named(tmp_path, name, content, rule):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"subject is '.*{name}': {rule}"):
+        subjects.open_source(str(tmp_path / name), 100)
+
+
+def test_a_folder_that_is_no_model_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="it must be 'synthetic', 'pygpt', 'minilm', a .npy"):
+        subjects.open_source(str(tmp_path), 100, text=text)
+
+
+def test_hidden_files_are_no_text_and_a_text_is_no_files_name(tmp_path):
+    (tmp_path / ".cache").mkdir()
+    for name in ("a.txt", ".DS_Store", ".cache/b.txt"):
+        (tmp_path / name).write_text("x")
+    assert texts.files_of(tmp_path) == [tmp_path / "a.txt"]
+    assert not texts.is_local("word " * 1000) and texts.is_local(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["", None])
+def test_no_text_is_no_text(tiny, text):
+    with pytest.raises(ValueError, match=f"text is {text!r}: it must be 'python', 'english', .*: of the subjects only pygpt, minilm, gpt2 have one of their own"):
+        subjects.open_source(tiny["gpt"], 100, text=text)

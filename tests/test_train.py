@@ -320,3 +320,11 @@ except KeyboardInterrupt:
 def test_a_run_of_numpy_numbers_is_resumed(tmp_path):
     subprocess.run([sys.executable, "-c", NUMPY, tmp_path / "c.pt"], check=True)  # beside the type checks of these tests
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["squared_error", "auxk"])
+def test_a_penalty_does_not_take_the_place_of_another_term(name):
+    sae = SAE(16, 32, "relu", 0.1)
+    sae.method.penalty = lambda sae, x, out: {name: out.latents.sum()}
+    with pytest.raises(ValueError, match=f"penalty is .'{name}'.: it must be a dict of terms with other names"):
+        train(sae, lambda start: iter(X.split(100)), 2)

@@ -1,0 +1,48 @@
+"""What is done to a model's activations before an SAE sees them, and how it is undone."""
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelib.checks import require
+
+UNIT_NORM = "unit_norm"
+TOLERANCE = 0.01  # of a norm: half precision rounds to a few thousandths
+
+
+def check_normalisation(value: str) -> None:
+    """Raise ValueError unless it is the name of something that is done to activations."""
+    require(value in ("none", UNIT_NORM), "normalisation", value, f"'none' or {UNIT_NORM!r}")
+
+
+def size_and_mean(x: Float[Tensor, "*batch d_model"]) -> tuple[Float[Tensor, "*batch 1"], Float[Tensor, "*batch 1"]]:
+    """What `normalise` takes from each vector, in float32: x = normalise(x) · size + mean."""
+    x = x.float()  # a half has no room for squares
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean).norm(dim=-1, keepdim=True), mean
+
+
+def normalise(x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """Subtract each vector's mean over its dimensions, then scale it to unit norm.
+
+    x <- (x - mean_d(x)) / ||x - mean_d(x)||
+
+    Unit NORM, not unit standard deviation: they differ by sqrt(d_model), and b_pre and L1 coefficients scale with it.
+
+    Args:
+        x: activations as the model makes them.
+
+    Returns:
+        Vectors of norm 1, in float32; a vector that is constant over its dimensions becomes 0.
+
+    Paper: §2.1
+    """
+    x, (size, mean) = x.float(), size_and_mean(x)
+    rounding = 4 * torch.finfo(x.dtype).eps * x.norm(dim=-1, keepdim=True)
+    return ((x - mean) / size).masked_fill(size <= rounding, 0)  # what is left of a constant vector is rounding, and would get unit norm
+
+
+def check_normalised(x: Float[Tensor, "batch d_model"], normalisation: str) -> None:
+    """Raise ValueError if x is not as `normalisation` leaves it."""
+    norm = x.norm(dim=1)
+    wrong = norm[(norm > 0) & ((norm - 1).abs() > TOLERANCE)] if normalisation == UNIT_NORM else norm[:0]
+    require(not len(wrong), "x", f"with a vector of norm {float(wrong[:1].sum()):.3g}", f"what sae.normalised makes of activations, for this SAE has normalisation {normalisation!r}")
