@@ -16,10 +16,12 @@ def said(values: Sequence[float], form: str) -> str:
 
 def headline(ratios: dict[str, dict[float, dict[int, float]]]):
     lines, parts = [], []
+    n_seeds = max((len(by_seed) for by_l0 in ratios.values() for by_seed in by_l0.values()), default=0)
     for subject, by_l0 in ratios.items():
         for l0, by_seed in by_l0.items():
             if by_seed:
-                lines.append(f"{subject} L0 {l0:g}: {said(list(by_seed.values()), '.2f')} times")
+                fewer = f", in {len(by_seed)} of {n_seeds} seeds" * (len(by_seed) < n_seeds)
+                lines.append(f"{subject} L0 {l0:g}: {said(list(by_seed.values()), '.2f')} times{fewer}")
                 parts.append(min(by_seed.values()) > 1)
     return "; ".join(lines), parts
 
@@ -127,9 +129,10 @@ def constant_pull(l1_deviation: float, l2_deviation: float, l2_fades: float):
 
 
 def pull_makes_zeros(in_1d: dict[str, float], more_active: list[float], l1_zeros: list[float], no_zeros: list[float], l2_zeros: list[float]):
-    return (f"1-D: zero for {in_1d['L1']:.0%} of 0 < x <= λ/2 under L1 and {in_1d['L2']:.0%} under L2; in SAEs at equal error L2 keeps at least {min(more_active):.1f} "
-            f"times L1's active latents; exact zeros with no penalty at most {max(no_zeros):.1%}, with L1 at least {min(l1_zeros):.1%}, with L2 and ReLU up to {max(l2_zeros):.1%}",
-            [in_1d["L1"] == 1 and in_1d["L2"] == 0, min(more_active) > 1, min(l1_zeros) > max(no_zeros), max(l2_zeros) < 0.01])
+    reached = [ratio for ratio in more_active if not math.isnan(ratio)]
+    return (f"1-D: zero for {in_1d['L1']:.0%} of 0 < x <= λ/2 under L1 and {in_1d['L2']:.0%} under L2; in SAEs at the errors of {len(reached)} of {len(more_active)} runs with L1, "
+            f"which L2 reaches too, L2 keeps at least {min(reached, default=math.nan):.1f} times L1's active latents; exact zeros with no penalty at most {max(no_zeros):.1%}, with L1 at least {min(l1_zeros):.1%}, with L2 and ReLU up to {max(l2_zeros):.1%}",
+            [in_1d["L1"] == 1 and in_1d["L2"] == 0, min(reached, default=0) > 1, min(l1_zeros) > max(no_zeros), max(l2_zeros) < 0.01])
 
 
 def smooth_loses_zeros(in_1d: dict[str, float], without_relu: dict[str, float]):
@@ -150,9 +153,9 @@ def opposite_orders(margin: float, pair: str, definitions: str):
     return f"{pair}, {definitions}: the smaller of the two differences is {margin:.1%}" if margin else "no pair in opposite orders", [margin > 0.01]
 
 
-def own_activations(excess: float, errors: list[float], all_errors: list[float]):
-    return (f"normalized MSE of TopK with growing k: {', '.join(f'{e:.3f}' for e in errors)}; L0 above k by {max(0.0, excess):g}",
-            [all(map(math.isfinite, all_errors)), excess <= 0, all(a > b for a, b in zip(errors, errors[1:]))])
+def own_activations(errors: list[float], changes: list[float]):
+    return (f"normalized MSE of TopK with growing k: {', '.join(f'{e:.3f}' for e in errors)}; L0 and error are those of the same file before, to {max(map(abs, changes)):.2%}",
+            [all(abs(change) < 0.01 for change in changes), all(a > b for a, b in zip(errors, errors[1:]))])
 
 
 def cheap_step(topk: float, auxk: float, fit: float):

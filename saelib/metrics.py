@@ -52,7 +52,7 @@ def evaluate(sae, x: Tensor | numpy.ndarray | Iterable, mean: Tensor | numpy.nda
         mean: what the trivial predictor says, the mean of the TRAINING activations; the mean of `x` if None.
 
     Returns:
-        `normalized_mse`, `explained_variance`, `l0` (mean number of active latents a token), `l1` (mean sum of the
+        `normalized_mse`, `explained_variance`, `l0` (mean number of active latents a token), `l0_most` (their number in the token that has most), `l1` (mean sum of the
         latents a token), `dead_fraction` (latents that fire on none of these tokens), `short_fraction` (tokens with
         fewer active latents than the method's k; 0 without a k), `n_tokens` (how many were judged). The first two are NaN where there is nothing to explain.
 
@@ -63,7 +63,7 @@ def evaluate(sae, x: Tensor | numpy.ndarray | Iterable, mean: Tensor | numpy.nda
     """
     require(isinstance(sae, torch.nn.Module), "sae", type(sae).__name__, "an SAE")
     device = sae.W_dec.device
-    n_tokens, n_short, active, l1, fired = 0, 0, 0, 0.0, torch.zeros(sae.n_latents, dtype=torch.bool, device=device)
+    n_tokens, n_short, active, most, l1, fired = 0, 0, 0, 0, 0.0, torch.zeros(sae.n_latents, dtype=torch.bool, device=device)
     scratch, mean = dense.Scratch(), as_tensor(mean)
     is_mean = isinstance(mean, Tensor) and mean.shape == (sae.d_model,) and bool(mean.isfinite().all())
     require(mean is None or is_mean, "mean", mean, f"None, or finite numbers of shape [d_model = {sae.d_model}]")
@@ -75,7 +75,7 @@ def evaluate(sae, x: Tensor | numpy.ndarray | Iterable, mean: Tensor | numpy.nda
         with judging(sae):
             out = sae.run(batch, scratch=scratch)
         error, l0 = (batch - out.x_hat).double(), (out.latents != 0).sum(1)
-        n_tokens, active, l1 = n_tokens + len(batch), active + l0.sum(), l1 + out.latents.sum(dtype=torch.float64)
+        n_tokens, active, most, l1 = n_tokens + len(batch), active + l0.sum(), l0.max().clamp_min(most), l1 + out.latents.sum(dtype=torch.float64)
         n_short += (l0 < getattr(sae.method, "k", 0)).sum()
         fired |= out.fired()
         for name, value in (("x", batch.double()), ("e", error)):
@@ -94,7 +94,7 @@ def evaluate(sae, x: Tensor | numpy.ndarray | Iterable, mean: Tensor | numpy.nda
     return {
         "normalized_mse": float(sums["e²"].sum() / about_centre) if about_centre > rounding else nan,
         "explained_variance": float(1 - (sums["e²"] - n_tokens * mean_e**2).sum() / about_mean) if about_mean > rounding else nan,
-        "l0": float(active / n_tokens), "l1": float(l1 / n_tokens),
+        "l0": float(active / n_tokens), "l0_most": float(most), "l1": float(l1 / n_tokens),
         "dead_fraction": float(1 - fired.float().mean()), "short_fraction": float(n_short / n_tokens), "n_tokens": n_tokens,
     }
 

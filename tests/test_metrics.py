@@ -55,7 +55,7 @@ def test_l0_and_dead_latents_are_counted_by_hand():
     with torch.no_grad():
         sae.W_enc.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]))
     measured = saelib.evaluate(sae, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
-    assert measured["l0"] == 1.5 and measured["dead_fraction"] == pytest.approx(1 / 3)
+    assert measured["l0"] == 1.5 and measured["l0_most"] == 2 and measured["dead_fraction"] == pytest.approx(1 / 3)
 
 
 def test_l1_is_a_tokens_sum_and_only_fewer_than_k_active_latents_are_short():

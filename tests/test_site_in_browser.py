@@ -207,6 +207,8 @@ def test_the_site_works_below_a_servers_root(page, served):
     open_page(page, "search.html?q=AuxK", root=served)
     page.wait_for_selector("#search-results ul.search li a")
     page.wait_for_load_state("networkidle")
+    quoted = page.locator("#search-results .context").all_inner_texts()
+    assert any("AuxK" in text for text in quoted) and not any("\\(" in text or "Contents" in text for text in quoted)
     page.locator("#search-results ul.search li a").first.click()
     page.wait_for_selector("article h1")
     assert page.errors == []
