@@ -167,7 +167,7 @@ def frontier(rows: Sequence[dict], *, panel: str = "subject", x: str = "l0", y: 
         check_comparable(members)
         by_method = group(members, lambda row: row["config"]["method"])
         series = {METHODS[m].label: points_of(rs, lambda r: r["metrics"][x], lambda r: r["metrics"][y]) for m, rs in by_method.items()}
-        looks = {METHODS[m].label: LOOK.get(m, LOOK["spare"]) for m in by_method}
+        looks = {METHODS[m].label: LOOK[m] for m in by_method if m in LOOK}  # others get a shade each
         versus(series, "active latents per token, L0", ylabel if ax is axes[0] else "", looks=looks, title=str(name), logy=logy, axes=ax)
     picture.supxlabel(note_of(rows), fontsize=7, color="#555555")
     if (x, y) == ("l0", "normalized_mse"):

@@ -98,3 +98,9 @@ def test_sizes_are_not_taken_for_seeds():
     with pytest.raises(ValueError, match="rows is 'of n_latents 16, 8 on one frontier': it must be alike in it: plots.frontier\\(panel='n_latents'\\) sets them apart"):
         plots.frontier(rows)
     assert len(plots.frontier(rows, panel="n_latents").axes) == 2
+
+
+def test_methods_of_ones_own_are_told_apart():
+    rows = [{"config": {"subject": "synthetic", "method": method, "sparsity": k, "n_latents": 8, "seed": 0, "n_tokens": 100},
+             "metrics": {"l0": k, "normalized_mse": 1 / k}, "provenance": {"hardware": "CPU"}} for method in ("topk", "multi_topk", "topk_ste") for k in (4, 8)]
+    assert len({line.get_color() for line in plots.frontier(rows).axes[0].get_lines()}) == 3
