@@ -95,8 +95,8 @@ def ratios(rows: Sequence[dict], over: str, under: str) -> dict[float, dict[int,
     Raises:
         ValueError: runs that differ in more, or a method that there is not.
     """
-    compared = [row for row in rows if row["config"]["method"] in (find(over).key, find(under).key)]
-    check_comparable(compared)
+    methods = [find(key).key for key in (over, under)]
+    check_comparable([row for row in rows if row["config"]["method"] in methods])
     frontier: dict[int, list[tuple[float, float]]] = {}
     for row in rows:
         if row["config"]["method"] == over:
