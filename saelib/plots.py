@@ -168,7 +168,7 @@ def frontier(rows: Sequence[dict], *, panel: str = "subject", x: str = "l0", y: 
         by_method = group(members, lambda row: row["config"]["method"])
         series = {METHODS[m].label: points_of(rs, lambda r: r["metrics"][x], lambda r: r["metrics"][y]) for m, rs in by_method.items()}
         looks = {METHODS[m].label: LOOK[m] for m in by_method if m in LOOK}  # others get a shade each
-        versus(series, "active latents per token, L0", ylabel if ax is axes[0] else "", looks=looks, title=str(name), logy=logy, axes=ax)
+        versus(series, "active latents per token, L0", ylabel if ax is axes[0] else "", looks=looks, title=str(name) if panel == "subject" else f"{panel} {name}", logy=logy, axes=ax)
     picture.supxlabel(note_of(rows), fontsize=7, color="#555555")
     if (x, y) == ("l0", "normalized_mse"):
         picture.rows = [plain_row(row) for row in rows]

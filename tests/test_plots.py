@@ -97,7 +97,7 @@ def test_sizes_are_not_taken_for_seeds():
              "metrics": {"l0": k, "normalized_mse": 1 / n / k}, "provenance": {"hardware": "CPU"}} for n in (8, 16) for k in (4, 8)]
     with pytest.raises(ValueError, match="rows is 'of n_latents 16, 8 on one frontier': it must be alike in it: plots.frontier\\(panel='n_latents'\\) sets them apart"):
         plots.frontier(rows)
-    assert len(plots.frontier(rows, panel="n_latents").axes) == 2
+    assert [axes.get_title() for axes in plots.frontier(rows, panel="n_latents").axes] == ["n_latents 8", "n_latents 16"]
 
 
 def test_methods_of_ones_own_are_told_apart():

@@ -247,6 +247,7 @@ def open_explorer(page, address="", **options):
 @needs_explorer
 def test_the_explorer_opens_from_the_folder_with_a_latent_and_a_program(page):
     explorer = open_explorer(page)
+    assert page.locator("#pst-page-toc-nav a").all_inner_texts()[:2] == [text.rstrip("#") for text in explorer.locator("h2").all_text_contents()] == ["Latents", "A program through both"]
     assert explorer.locator(".contexts li").count() > 0
     assert explorer.locator(".program").count() == 2
     assert (page.errors, page.outside) == ([], [])

@@ -21,6 +21,7 @@ WITHOUT_SCRIPT = """\
 each latent of the two autoencoders above, how often it fires, the held-out text that it fires on most, and the next
 tokens that it makes more and less likely.</p></noscript>
 """
+PARTS = ("latents", "Latents", WITHOUT_SCRIPT), ("programs", "A program through both", "")
 
 
 def profile_of(app):
@@ -59,8 +60,13 @@ def summary(about):
             f'<p class="explorer-note">{note}</p>')
 
 
+def part(name, title, body):
+    """A section of the page, so that its contents list it, with a place that the script fills."""
+    return nodes.section("", nodes.title("", title), nodes.raw("", f'{body}<div data-part="{name}"></div>', format="html"), ids=[f"explorer-{name}"])
+
+
 class LatentExplorer(SphinxDirective):
-    """The place on the page that the script fills."""
+    """The places on the page that the script fills."""
 
     def run(self):
         about_path = data_folder(self.env.app) / "about.json"
@@ -71,8 +77,8 @@ class LatentExplorer(SphinxDirective):
         if not about:
             return []
         root = "../" * self.env.docname.count("/") + ASSETS.as_posix()
-        place = f'<div id="latent-explorer" data-root="{root}/"></div>'
-        return [nodes.raw("", summary(about) + WITHOUT_SCRIPT + place, format="html")]
+        begin = nodes.raw("", f'{summary(about)}<div id="latent-explorer" data-root="{root}/">', format="html")
+        return [begin, *(part(name, title, body) for name, title, body in PARTS), nodes.raw("", "</div>", format="html")]
 
 
 def add_assets(app, pagename, templatename, context, doctree):

@@ -284,7 +284,6 @@
     parts.card = make("div", { class: "card-box" });
     parts.live = make("p", { class: "visually-hidden", role: "status" });
     return [
-      make("h2", { id: "explorer-latents" }, "Latents"),
       make("div", { class: "book-controls" }, parts.saes,
         make("div", {}, make("label", { for: "explorer-search" }, "Find a token"), search),
         select("explorer-where", "among those that latents", [["fires_on", "fire on"], ["raises", "raise"]], (value) => { state.where = value; rearrange(); }),
@@ -386,7 +385,6 @@
     parts.programs = make("div", { class: "programs" });
     parts.token = make("div", {});
     return [
-      make("h2", { id: "explorer-programs" }, "A program through both"),
       make("p", {}, "The same tokens under both autoencoders, tinted by the measure below. Choose a token to see its latents: a click, or the arrow keys."),
       make("div", { class: "book-controls" },
         select("explorer-program", "Program", index.programs.map((title, i) => [i, title]), (value) => { program.number = Number(value); program.token = 0; drawProgram(); }),
@@ -412,7 +410,8 @@
       place.append(make("p", { role: "alert" }, `The explorer's data are missing: ${error.message}.`));
       return;
     }
-    place.append(...drawLatents(), ...drawPrograms());
+    place.querySelector("[data-part=latents]").append(...drawLatents());
+    place.querySelector("[data-part=programs]").append(...drawPrograms());
     arrange();
     const wanted = readHash();
     const chosen = wanted || { sae: "topk", latent: showpiece() };
