@@ -127,6 +127,7 @@ def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", 
     with torch.no_grad():
         sae.b_pre.copy_(geometric_median(next(source.batches(min(MEDIAN_ROWS, source.n_tokens), 1, config.seed))))
     sae.to(device)
+    path = pick_path(config.path, device, sae.method, sae.W_enc)  # before the clock starts: it may compile
     n_steps, start, begun, seen = -(-config.n_tokens // batch_size), time.monotonic(), 0, 0
 
     def batches(step: int) -> Iterator[Tensor]:
@@ -142,7 +143,7 @@ def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", 
 
     history = train(sae, batches, n_steps, lr=config.lr,
                     penalty_warmup=config.penalty_warmup, auxk_coef=config.auxk_coef, dead_after=config.dead_after,
-                    ema_decay=config.ema_decay, path=pick_path(config.path, device, sae.method, sae.W_enc), checkpoint=checkpoint,
+                    ema_decay=config.ema_decay, path=path, checkpoint=checkpoint,
                     run={"seed": config.seed, "batch_size": batch_size, "data": source.identity()},
                     precision=pick_precision(config.precision, device, sae.W_enc.numel()),
                     on_step=on_tokens and count)

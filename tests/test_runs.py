@@ -530,3 +530,11 @@ def test_a_sweep_keeps_its_saes_and_makes_one_that_is_gone_again(tmp_path):
     shutil.rmtree(rows[0]["sae"])
     again = sweeps.sweep(configs, store, keep=tmp_path / "saes", progress=False)
     assert again[1] == rows[1] and saelib.load(again[0]["sae"]).method.sparsity == 2 and len(store.read_text().splitlines()) == 5
+
+
+def test_to_compile_is_no_training_time(monkeypatch):
+    order = []
+    monkeypatch.setattr(runs, "pick_path", lambda *args: order.append("path") or "sparse")
+    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: order.append("clock") or 0.1 * len(order)))
+    runs.fit_source(sources.from_tensor(X), config(n_latents=8, sparsity=2))
+    assert order == ["path", "clock", "clock"]
