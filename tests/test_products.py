@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from saelib import dense, subjects
+from saelib import dense, products, subjects
 from saelib.products import linear
 
 
@@ -12,15 +12,16 @@ def random(*shape, seed=0):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
 @pytest.mark.parametrize("rectify", [False, True])
-@pytest.mark.parametrize("batch, d, n", [(1, 1, 1), (7, 5, 33), (64, 32, 96)])
+@pytest.mark.parametrize("batch, d, n", [(1, 1, 1), (7, 5, 33), (products.ROWS + 1, 32, 96)])
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_product_is_the_one_of_three_steps(monkeypatch, dtype, tolerance, rectify, batch, d, n, fused):
     if not fused:
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     x, weight, bias = (tensor.to(dtype) for tensor in (random(batch, d), random(n, d, seed=1), random(n, seed=2)))
     exact = x.double() @ weight.double().t() + bias.double()
-    found = linear(x, weight, bias, torch.empty(batch, n, dtype=dtype), rectify)
-    assert found.dtype == dtype
+    out = torch.full((batch, n), torch.nan, dtype=dtype)
+    found = linear(x, weight, bias, out, rectify)
+    assert found.data_ptr() == out.data_ptr()
     torch.testing.assert_close(found.double(), exact.relu() if rectify else exact, rtol=2 * tolerance, atol=2 * tolerance)
 
 
@@ -40,3 +41,19 @@ def test_a_torch_without_onednn_multiplies_in_float32(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: pytest.fail("there is no such operator"))
     assert subjects.fast_dtype("cpu") == torch.float32
     assert linear(torch.ones(1, 2).bfloat16(), torch.ones(3, 2).bfloat16(), torch.zeros(3).bfloat16(), torch.empty(1, 3).bfloat16()).eq(2).all()
+
+
+def test_a_fused_product_takes_memory_that_is_given_out_again(monkeypatch):
+    sizes = []
+
+    def noted(x, weight, *rest):
+        sizes.append(len(x) * len(weight))
+        return torch.nn.functional.linear(x, weight, rest[0])
+
+    monkeypatch.setattr(products, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", noted)
+    for batch, n in ((1100, 8), (40, 2**19), (2, 2**24)):
+        out = torch.empty(batch, n, dtype=torch.bfloat16)
+        linear(torch.ones(batch, 1).bfloat16(), torch.ones(n, 1).bfloat16(), torch.zeros(n).bfloat16(), out)
+        assert out.eq(1).all()
+    assert len(sizes) == 3 + 3 + 2 and max(sizes[:6]) <= products.AT_ONCE
