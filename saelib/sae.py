@@ -20,6 +20,7 @@ from saelib.normalisation import UNIT_NORM, check_normalisation, normalise, size
 FORMAT = "saelib-1"
 PAIRS = {"sparse": pairs.Active, "native": native.Active, "dense": pairs.Active}  # what each path computes with; the dense one does in AuxK alone
 WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the bits of a number as a whole one, positive where it is, compare faster
+COUNTED = 256  # tokens whose active latents a CPU counts at once: a sum makes whole numbers of all, and those of a batch would need fresh memory
 
 
 class Output(NamedTuple):
@@ -39,7 +40,8 @@ class Output(NamedTuple):
 
     def l0(self) -> Tensor:
         """How many latents were active for a token, on average."""
-        return (self.latents != 0).sum() / len(self.x_hat)
+        blocks = [self.latents] if self.latents.is_cuda else self.latents.split(COUNTED)
+        return sum((rows != 0).sum() for rows in blocks) / len(self.x_hat)
 
 
 class SAE(nn.Module):
