@@ -48,24 +48,24 @@ def steps(settings: list[Setting], cases: tuple[str, ...], seconds: float, table
         yield from ({"table": table, "setting": asdict(s), "auto": auto_name(s), **row} for row in rows)
 
 
-def whole_fit(s: Setting, seconds: float) -> Iterator[dict]:
+def whole_fit(s: Setting, case: str, seconds: float, table: str = "fit") -> Iterator[dict]:
     """`saelib.fit` as a user calls it: the time of its training loop, with loader and counters, over its steps; and on the paths that it
-    would not choose."""
-    gemm, own, n_steps = floors(s)[GEMM[s.device]](), Ours(s, "topk", *auto(s)), FIT_STEPS[s.device]
+    would not choose. Here a step follows its like, and no other contestant's: so memory is used as in training."""
+    gemm, own, n_steps, method = floors(s)[GEMM[s.device]](), Ours(s, case, *auto(s, case)), FIT_STEPS[s.device], s.method(case)
     batches, data = s.batches(), torch.cat(s.batches(8)).cpu()  # where a user has them
-    paths = {"fit": "auto"} | {f"fit, {path}": path for path in fast_paths(s.device) if path != auto(s)[0]}
+    paths = {"fit": "auto"} | {f"fit, {path}": path for path in fast_paths(s.device) if path != auto(s, case)[0]}
     times, n_dead = {name: [] for name in ("GEMM", "one step", *paths)}, {}
     for number in timing.rounds(seconds, "fit"):
         x = batches[number % len(batches)]
         times["GEMM"] += [statistics.median(timing.seconds_of(gemm.step, x, timing.repeats_on(x)) for _ in range(5))]
         times["one step"] += [statistics.median(timing.seconds_of(own.step, x, timing.repeats_on(x)) for _ in range(5))]
         for name, path in paths.items():
-            fitted = runs.fit(data, "topk", s.k, n_latents=s.n_latents, n_tokens=n_steps * s.batch_size, batch_size=s.batch_size,
+            fitted = runs.fit(data, method.key, method.sparsity, n_latents=s.n_latents, n_tokens=n_steps * s.batch_size, batch_size=s.batch_size,
                               device=s.device, path=path, progress=False)
             times[name] += [fitted.metrics["seconds"] / n_steps]
             n_dead[name] = round(fitted.history[-1]["dead_fraction"] * s.n_latents)
     for name, values in times.items():
-        yield {"table": "fit", "setting": asdict(s), "auto": auto_name(s), "case": "topk", "name": name, "ms": timing.quartiles(values, 1e3),
+        yield {"table": table, "setting": asdict(s), "auto": auto_name(s, case), "case": case, "name": name, "ms": timing.quartiles(values, 1e3),
                "ratio": timing.quartiles([value / gemm_value for value, gemm_value in zip(values, times["GEMM"])]), "rounds": len(values),
                "differs": f"{n_steps} steps, {n_dead[name]} dead at the end" if name in paths else ""}
 
@@ -183,11 +183,11 @@ def tables(device: str, seconds: float) -> dict[str, tuple]:
     """Name -> (what yields the table's rows, its arguments); the seconds are shared out."""
     if device == "cuda":
         return {"steps": (steps, ON_GPU[:1], ("topk", "auxk"), seconds * 0.1), "larger": (steps, ON_GPU[1:], ("topk",), seconds * 0.3),
-                "fit": (whole_fit, ON_GPU[0], seconds * 0.05), "frontier": (frontier, device), "harvest": (harvesting, device, seconds * 0.05),
+                "fit": (whole_fit, ON_GPU[0], "topk", seconds * 0.05), "frontier": (frontier, device), "harvest": (harvesting, device, seconds * 0.05),
                 "load": (loading, device, seconds * 0.03), "target": (target, device)}
     return {"steps": (steps, [FIRST], CASES[:3], seconds * 0.2), "few": (steps, [FIRST], CASES[3:], seconds * 0.05, "few"),
             "wide": (steps, [WIDE], ("topk",), seconds * 0.15),
-            "fit": (whole_fit, FIRST, seconds * 0.05), "memory": (memory, [FIRST, WIDE]), "parts": (taken_apart, [FIRST, WIDE], seconds * 0.15),
+            "fit": (whole_fit, FIRST, "topk", seconds * 0.05), "fit_relu": (whole_fit, FIRST, "relu", seconds * 0.05, "fit_relu"), "memory": (memory, [FIRST, WIDE]), "parts": (taken_apart, [FIRST, WIDE], seconds * 0.15),
             "harvest": (harvesting, device, seconds * 0.05), "load": (loading, device, seconds * 0.03),
             "target": (target, device), "curves": (curves, FIRST, seconds * 0.25)}
 

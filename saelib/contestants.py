@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saelib import native, runs, sources, subjects, train
-from saelib.methods import TopK, keep_largest
+from saelib.methods import METHODS, Method, keep_largest
 from saelib.sae import SAE
 
 CASES = ("topk", "auxk", "relu", "relu_few")
@@ -38,6 +38,11 @@ class Setting:
         """Dead latents in AuxK: d_model / 2, as every library here takes it."""
         return min(self.d_model // 2, len(range(0, self.n_latents, DEAD_EVERY)))
 
+    def method(self, case: str) -> Method:
+        """The method that a case trains, with its sparsity."""
+        key, sparsity = ("relu", L1_COEF) if case in RELU else ("topk", self.k)
+        return METHODS[key](self.n_latents, sparsity)
+
     def batches(self, n: int = 4) -> list[Tensor]:
         """n batches [batch_size, d_model] from a dictionary with power-law frequencies, of unit norm."""
         made = sources.synthetic(n * self.batch_size, d_model=self.d_model, n_features=4 * self.d_model, l0=min(32.0, self.d_model / 4))
@@ -46,7 +51,8 @@ class Setting:
     def start(self, case: str) -> SAE:
         """The weights that every contestant starts from. Dead latents have an encoder row a hundred times shorter: it
         never makes the k largest, while AuxK finds positive values and a gradient there, as with real dead latents."""
-        sae = SAE(self.d_model, self.n_latents, "relu" if case in RELU else "topk", L1_COEF if case in RELU else self.k)
+        method = self.method(case)
+        sae = SAE(self.d_model, self.n_latents, method.key, method.sparsity)
         with torch.no_grad():
             if case == "auxk":
                 sae.W_enc[::DEAD_EVERY].mul_(0.01)
@@ -188,10 +194,10 @@ def plain(setting: Setting, case: str, lr: float = LR) -> dict[tuple[str, str], 
     return {(case, "plain loop"): lambda: Plain(setting, case, lr)}
 
 
-def auto(setting: Setting) -> tuple[str, str]:
-    """Path and precision that `fit` would choose for TopK at this size, by the rules of `runs`."""
+def auto(setting: Setting, case: str = "topk") -> tuple[str, str]:
+    """Path and precision that `fit` would choose at this size, by the rules of `runs`."""
     W_enc = torch.empty(setting.n_latents, setting.d_model, device="meta")
-    return runs.pick_path("auto", setting.device, TopK(setting.n_latents, setting.k), W_enc), runs.pick_precision("auto", setting.device, W_enc.numel())
+    return runs.pick_path("auto", setting.device, setting.method(case), W_enc), runs.pick_precision("auto", setting.device, W_enc.numel())
 
 
 def chosen(setting: Setting) -> dict[tuple[str, str], Callable[[], Ours]]:
@@ -204,6 +210,6 @@ def name_of(path: str, precision: str) -> str:
     return "saelib, dense twin" if path == "dense" else ", ".join(["saelib", precision] + [path] * (path != "sparse"))
 
 
-def auto_name(setting: Setting) -> str:
+def auto_name(setting: Setting, case: str = "topk") -> str:
     """The contestant that `fit` would be at this size."""
-    return name_of(*auto(setting))
+    return name_of(*auto(setting, case))

@@ -73,7 +73,7 @@ def test_peers_are_offered_if_and_only_if_they_are_installed():
     assert {name for _, name in peers.peers(TINY, "topk")} == {name for name, library in libraries.items() if importlib.util.find_spec(library)}
 
 
-@pytest.mark.parametrize("name", ["steps", "few", "wide", "fit", "curves", "parts", "harvest", "load"])
+@pytest.mark.parametrize("name", ["steps", "few", "wide", "fit", "fit_relu", "curves", "parts", "harvest", "load"])
 def test_every_row_keeps_its_promises_and_every_ratio_is_to_the_floor(small, name):
     make, *rest = bench.tables("cpu", 0.0)[name]
     rows = list(make(*rest))
