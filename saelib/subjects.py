@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from saelib import cache, sources, texts
+from saelib import cache, normalisation, sources, texts
 from saelib.checks import is_whole, require
 from saelib.files import reading
 from saelib.normalisation import UNIT_NORM
@@ -56,9 +56,9 @@ def folder_of(subject: str) -> str:
 
 def load(subject: str, device: str = "cpu"):
     """The model and the tokenizer of a subject, ready to be read. `trust_remote_code` is never set."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
     folder = folder_of(subject)
     with LOADING, reading("subject", subject, "be 'synthetic', 'pygpt', 'minilm', a .npy or .safetensors file, or a Hugging Face model by hub name or local folder", ValueError):
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
         causal = any("CausalLM" in name or "LMHead" in name for name in AutoConfig.from_pretrained(folder).architectures or [])
         model = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(folder, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -227,4 +227,5 @@ def model_key(subject: str) -> str:
     return digest.hexdigest()[:16]
 
 
-CODE = hashlib.sha256(b"".join(Path(m).read_bytes() for m in (__file__, cache.__file__, sources.__file__, texts.__file__))).hexdigest()[:16]
+MAKERS = cache, normalisation, sources, texts  # of the activations, beside this module
+CODE = hashlib.sha256(b"".join(Path(path).read_bytes() for path in (__file__, *(module.__file__ for module in MAKERS)))).hexdigest()[:16]

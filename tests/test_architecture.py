@@ -45,3 +45,10 @@ def test_no_printing_no_trackers_no_global_seed(path):
 def test_the_hash_of_the_code_covers_every_module_that_decides_numbers():
     from saelib import origin
     assert set(origin.DECIDING) == set(ORDER[: ORDER.index("runs") + 1])
+
+
+def test_the_key_of_cached_activations_covers_every_module_that_makes_them():
+    from saelib import subjects
+    makers = {Path(module.__file__) for module in (subjects, *subjects.MAKERS)}
+    own = {name.split(".")[1] for path in makers for name in imports(path) if name.startswith("saelib.")}
+    assert own - {path.stem for path in makers} == {"checks", "files", "products"}  # these refuse, write, and name the type
