@@ -13,8 +13,9 @@ def cpu_has(feature: str) -> bool:
 
 
 def multiplies_bf16() -> bool:
-    """Whether oneDNN is in this torch, and multiplies bfloat16 on this CPU."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether this CPU multiplies bfloat16, and oneDNN is in this torch to let it. With AVX-512 alone oneDNN would do it in float32, more slowly."""
+    emulated = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and not (cpu_has("avx512_bf16") or cpu_has("amx_bf16"))
+    return not emulated and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def linear(x: Float[Tensor, "batch d"], weight: Float[Tensor, "n d"], bias: Float[Tensor, " n"], out: Float[Tensor, "batch n"],

@@ -36,6 +36,15 @@ def test_the_way_of_a_relu_step_follows_from_the_share_and_the_cpu(monkeypatch, 
     assert dense.way(latents, compiled) is way
 
 
+def test_a_cpu_that_onednn_would_emulate_bfloat16_on_multiplies_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)  # what it says of every CPU with AVX-512
+    for features, dtype in ((set(), torch.float32), ({"avx512_bf16"}, torch.bfloat16), ({"amx_bf16"}, torch.bfloat16)):
+        monkeypatch.setattr(products, "cpu_has", features.__contains__)
+        assert subjects.fast_dtype("cpu") == dtype
+
+
 def test_a_torch_without_onednn_multiplies_in_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: pytest.fail("there is no such operator"))
