@@ -1,10 +1,10 @@
 """Files that are there whole or not at all, and files that are not what they should be."""
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from pickle import UnpicklingError
+from uuid import uuid4
 
 import numpy
 from safetensors import SafetensorError
@@ -17,17 +17,22 @@ DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, UnpicklingE
 def write_whole(files: dict[Path, Callable[[Path], object]]) -> None:
     """Let each function write its file beside its place, and move them there once all are whole. What was there before stays until then.
 
+    The last file is the one that says what the others are. It goes first and comes last: a kill between two moves leaves no set without one that
+    looks whole, and the next call finds by its partial file that this was so, and goes on.
+
     Raises:
         ValueError: some of them are there and some are not: those belong to something else.
     """
-    there = [path for path in files if path.exists()]
-    if there:
+    there, last = [path for path in files if path.exists()], list(files)[-1]
+    if there and not any(last.parent.glob(f"{last.name}.*.partial")):
         require(len(there) == len(files), "folder", str(there[0].parent), f"another one: {there[0].name} lies there, and no {' and '.join(p.name for p in files if p not in there)} with it")
-    partials = {path: path.with_name(f"{path.name}.{os.getpid()}.partial") for path in files}
+    partials = {path: path.with_name(f"{path.name}.{uuid4().hex[:12]}.partial") for path in files}
     try:
         for path, write in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             write(partials[path])
+        if len(files) > 1:
+            last.unlink(missing_ok=True)
         for path, partial in partials.items():
             partial.replace(path)
     finally:

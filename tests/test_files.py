@@ -1,0 +1,63 @@
+"""Files that are written whole or not at all, however the writer ends."""
+import multiprocessing
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+import saelib
+from saelib import files
+
+
+def killed_after(n_moves, folder, k):
+    replace, moves = Path.replace, []
+
+    def move(partial, path):
+        replace(partial, path)
+        moves.append(path)
+        if len(moves) == n_moves:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Path.replace = move
+    saelib.SAE(4, 16, "topk", k).save(folder)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_kill_between_two_moves_leaves_nothing_that_loads_and_the_next_save_goes_on(tmp_path, before):
+    if before:
+        saelib.SAE(4, 16, "topk", 2).save(tmp_path)
+    child = multiprocessing.get_context("spawn").Process(target=killed_after, args=(1, tmp_path, 8))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    with pytest.raises(ValueError, match="it must hold the sae.json and sae.safetensors"):
+        saelib.load(tmp_path)
+    saelib.SAE(4, 16, "topk", 3).save(tmp_path)
+    assert saelib.load(tmp_path).method.k == 3
+
+
+def test_a_file_of_another_set_is_refused_and_left(tmp_path):
+    (tmp_path / "sae.safetensors").write_text("of something else")
+    with pytest.raises(ValueError, match="folder is .*: it must be another one: sae.safetensors lies there, and no sae.json with it"):
+        saelib.SAE(4, 16, "topk", 2).save(tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["of something else"]
+
+
+def test_threads_that_write_the_same_file_do_not_take_each_others(tmp_path):
+    failed, path = [], tmp_path / "one.txt"
+
+    def write(text):
+        try:
+            for _ in range(50):
+                files.write_whole({path: lambda partial: partial.write_text(text)})
+        except OSError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(letter * 1000,)) for letter in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and path.read_text() in ("a" * 1000, "b" * 1000) and len(list(tmp_path.iterdir())) == 1
