@@ -50,10 +50,17 @@ def whole_lines(store: Path) -> list[str]:
 def end_last_line(store: Path) -> None:
     """Let the next row begin on a line of its own: after the last one, or in the place of one that is not whole."""
     with WRITING:
+        store.parent.mkdir(parents=True, exist_ok=True)
         text = store.read_text() if store.exists() else ""
         if text and text[-1] != "\n":
             lines = whole_lines(store)
             write_whole({store: lambda partial: partial.write_text("".join(line + "\n" for line in lines))})
+
+
+def add_row(store: Path, row: dict) -> None:
+    """Write one row after those of a store."""
+    with WRITING, open(store, "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def side_by_side(task: Callable, items: Iterable, device: str = "cpu", stop: threading.Event | None = None) -> list:
@@ -100,13 +107,37 @@ def finished(store: Path | str, keep: Path | str | None) -> dict[tuple[str, str]
             if row["provenance"]["code"] == code_hash() and (keep is None or Path(row.get("sae", ""), "sae.json").is_file())}
 
 
+def whole_list(configs: Iterable[RunConfig]) -> list[RunConfig]:
+    """The configs, or ValueError if they are something else."""
+    require(not isinstance(configs, RunConfig), "configs", "a single RunConfig", "a list of them")
+    configs = list(configs)
+    for config in configs:
+        require(isinstance(config, RunConfig), "configs", f"a list with a {type(config).__name__}", "a list of RunConfig")
+    return configs
+
+
+def make_folder(keep: Path | str | None) -> None:
+    """The folder for SAEs, if there is to be one: before the first is trained."""
+    if keep:
+        with reading("keep", keep, "be a folder, or the name of one that can be made"):
+            Path(keep).mkdir(parents=True, exist_ok=True)
+
+
+def places(config: RunConfig, name: str, store: Path | str | None, keep: Path | str | None) -> tuple[Path | None, Path | None]:
+    """Where a member's checkpoint and its SAE go."""
+    identity = sha256((name + code_hash()).encode()).hexdigest()[:16]
+    return (store and Path(store).with_suffix(".checkpoints") / f"{identity}.pt",
+            keep and Path(keep) / f"{config.method}_{config.sparsity:g}_seed{config.seed}_{identity}")
+
+
 def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, keep: Path | str | None = None, device: str = "auto",
           progress: bool = True) -> list[dict]:
     """The rows of `configs`, in their order: read from the store where it has them, run where it lacks them.
 
     A row counts only if it was made by the code that is here, from the files that are here (see `saelib.origin`). Members run side by side, a thread and a core or a stream
     each, and share the activations, so that a row does not depend on how many run at once. Each row is written when it is done, and a member
-    that takes long leaves a checkpoint each minute: kill the sweep, and the next call goes on from there.
+    that takes long leaves a checkpoint each minute: kill the sweep, and the next call goes on from there. A member that fails, as one whose rate
+    is too high may, does not keep the others from their rows: its error is raised after them.
 
     Args:
         configs: what to run.
@@ -118,17 +149,15 @@ def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, keep
     Returns:
         One row (see `run`) for each config.
     """
-    require(not isinstance(configs, RunConfig), "configs", "a single RunConfig", "a list of them")
-    configs, device = list(configs), pick_device(device)
+    configs, device = whole_list(configs), pick_device(device)
+    make_folder(keep)
     kept = finished(store, keep) if store else {}
     names = {config: (json.dumps(asdict(config)), inputs(config)) for config in configs}
     done = {config: kept[name] for config, name in names.items() if name in kept}
     todo = [config for config in names if config not in done]
     if store and todo:
-        Path(store).parent.mkdir(parents=True, exist_ok=True)
         end_last_line(Path(store))
-    checkpoints = store and Path(store).with_suffix(".checkpoints")
-    stop = threading.Event()
+    stop, failed = threading.Event(), {}
     bar = tqdm(total=sum(c.n_tokens for c in todo), unit="tok", unit_scale=True, disable=not (progress and todo),
                mininterval=2, desc=f"{len(todo)} runs", file=sys.stderr)
 
@@ -138,22 +167,24 @@ def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, keep
             raise KeyboardInterrupt
 
     def member(config: RunConfig) -> None:
-        identity = sha256(("".join(names[config]) + code_hash()).encode()).hexdigest()[:16]
-        folder = keep and Path(keep) / f"{config.method}_{config.sparsity:g}_seed{config.seed}_{identity}"
+        checkpoint, folder = places(config, "".join(names[config]), store, keep)
         try:
-            row = run(config, device, count, checkpoints and checkpoints / f"{identity}.pt", folder)
+            row = run(config, device, count, checkpoint, folder)
         except Exception as error:
             error.add_note(f"in {config}")
-            raise
-        with WRITING:
-            done[config] = row
-            if store:
-                with open(store, "a") as file:
-                    file.write(json.dumps(row) + "\n")
+            if failed.setdefault(f"{type(error).__name__}: {error}", error) is error:
+                bar.write(f"a run failed, the others go on: {error}", file=sys.stderr)
+            return
+        done[config] = row
+        if store:
+            add_row(Path(store), row)
+            checkpoint.unlink(missing_ok=True)
 
     with bar:
         side_by_side(member, todo, device, stop)
     if store:
         with suppress(OSError):  # not there, or another sweep's are in it
-            checkpoints.rmdir()
+            Path(store).with_suffix(".checkpoints").rmdir()
+    for error in failed.values():
+        raise error
     return [done[config] for config in configs]

@@ -121,6 +121,8 @@ class Loop:
         from saelib import triton_adam
         tensors = {}
         for name, p in self.sae.named_parameters():
+            if p.grad is None:
+                continue
             state = self.adam.state[p]  # Adam's own place for them, so that checkpoints hold them
             tensors[name] = [triton_adam.in_rows(t) for t in (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])]
         square = sum(triton_adam.square_norm(grad, rows, name == "W_dec") for name, (rows, grad, *_) in tensors.items())
@@ -171,13 +173,14 @@ class Loop:
                                  **{name: float(term) for name, term in terms.items()}})
 
 
-def check(sae: SAE, path: str, k_aux: int | None, n_steps: int, **numbers: float) -> None:
+def check(sae: SAE, path: str, k_aux: int | None, n_steps: int, dead_after: int, **numbers: float) -> None:
     """Raise ValueError unless `sae` can be trained with these arguments of `train`."""
     require(sae.W_dec.dtype in (torch.float32, torch.float64), "sae", f"of {sae.W_dec.dtype}", "of float32 weights: precision='bf16' multiplies in bfloat16")
     require(path in PATHS, "path", path, f"one of {', '.join(PATHS)}")
     if path == "graph":
         graphs.check(sae)
-    require(is_whole(n_steps) and n_steps >= 1, "n_steps", n_steps, "a whole number, 1 or more")
+    for name, value in (("n_steps", n_steps), ("dead_after", dead_after)):
+        require(is_whole(value) and value >= 1, name, value, "a whole number, 1 or more")
     require(k_aux is None or is_whole(k_aux) and k_aux >= 1, "k_aux", k_aux, "a whole number, 1 or more")
     for name, value in numbers.items():
         low, high = BOUNDS[name]
@@ -206,7 +209,7 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
         ema_decay: of the average of the weights that replaces them at the end; 0 for none.
         path, precision: of the forward pass (see `SAE.run`); the path "graph" is the sparse one, recorded and replayed on a GPU.
         on_step: called with the number of finished steps, after each.
-        checkpoint: a file to go on from if it exists, and is of this run; written every minute, removed at the end.
+        checkpoint: a file to go on from if it exists, and is of this run; written every minute. Remove it once what you make of the run is safe.
         run: what else makes it this run, as plain values: the data, their order, the seed.
 
     Returns:
@@ -219,11 +222,11 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
     Paper: §2.4, §3.1, Appendix A
     """
     lr = paper_lr(sae.n_latents) if lr is None else lr
-    check(sae, path, k_aux, n_steps, lr=lr, penalty_warmup=penalty_warmup, auxk_coef=auxk_coef, ema_decay=ema_decay)
-    k_aux = default_k_aux(sae.d_model) if k_aux is None else k_aux
+    check(sae, path, k_aux, n_steps, dead_after, lr=lr, penalty_warmup=penalty_warmup, auxk_coef=auxk_coef, ema_decay=ema_decay)
+    k_aux, n_steps = default_k_aux(sae.d_model) if k_aux is None else k_aux, int(n_steps)
     loop = Loop(sae, lr, dead_after, auxk_coef, k_aux, ema_decay)
     about = checkpoints.describe(d_model=sae.d_model, n_latents=sae.n_latents, method=sae.method.key, sparsity=sae.method.sparsity, n_steps=n_steps, lr=lr,
-                                 penalty_warmup=penalty_warmup, auxk_coef=auxk_coef, k_aux=k_aux, dead_after=dead_after, ema_decay=ema_decay, **(run or {}))
+                                 penalty_warmup=penalty_warmup, auxk_coef=auxk_coef, k_aux=k_aux, dead_after=dead_after, ema_decay=ema_decay, precision=precision, **(run or {}))
     sae.train()
     kept = checkpoint and Path(checkpoint)
     if kept:
@@ -233,7 +236,7 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
         x = x.to(sae.W_dec.device, sae.W_dec.dtype, non_blocking=True)
         log = (loop.step + 1) % log_every == 0 or loop.step + 1 == n_steps
         loop.one(x, schedule(loop.step, n_steps), warmed(loop.step, n_steps, penalty_warmup), path, precision, log)
-        if kept and time.monotonic() - saved > CHECKPOINT_SECONDS:
+        if kept and loop.step < n_steps and time.monotonic() - saved > CHECKPOINT_SECONDS:
             checkpoints.save(kept, loop.state(), about)
             saved = time.monotonic()
         if on_step:
@@ -244,6 +247,4 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
         sae.load_state_dict(loop.ema.module.state_dict())
         sae.normalise_decoder()
     sae.eval()
-    if kept:
-        kept.unlink(missing_ok=True)
     return loop.history

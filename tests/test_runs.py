@@ -144,13 +144,39 @@ def test_members_of_a_sweep_equal_the_same_runs_alone(precision):
     assert [metrics_of(r) for r in together] == [metrics_of(r) for r in alone]
 
 
-def test_one_failing_member_stops_the_sweep_says_which_it_was_and_keeps_what_was_done(tmp_path, monkeypatch):
+def test_a_failing_member_says_which_it_was_once_the_others_have_their_rows(tmp_path, monkeypatch, capsys):
     store = tmp_path / "rows.jsonl"
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})  # one after the other
     with pytest.raises(FloatingPointError, match="not finite") as error:
         saelib.sweep([config(), config(lr=1e30), config(seed=1)], store, progress=False)
     assert "lr=1e+30" in error.value.__notes__[0]
-    assert [r["config"]["seed"] for r in sweeps.read_rows(store)] == [0]
+    assert [r["config"]["seed"] for r in sweeps.read_rows(store)] == [0, 1]
+    assert capsys.readouterr().err.startswith("a run failed, the others go on: loss is not finite at step")
+
+
+def test_a_kill_while_an_sae_is_judged_loses_no_training(tmp_path, monkeypatch):
+    from saelib import train
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    straight, = saelib.sweep([config()], progress=False)
+    with monkeypatch.context() as judged:
+        judged.setattr(runs.metrics, "evaluate", killed)
+        with pytest.raises(KeyboardInterrupt):
+            saelib.sweep([config()], tmp_path / "rows.jsonl", progress=False)
+    started, one = [], train.Loop.one
+    monkeypatch.setattr(train.Loop, "one", lambda loop, *args: started.append(loop.step) or one(loop, *args))
+    resumed, = saelib.sweep([config()], tmp_path / "rows.jsonl", progress=False)
+    assert started == [9] and metrics_of(resumed) == metrics_of(straight)
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_folder_for_saes_that_cannot_be_made_is_refused_before_the_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="keep is '.*file/saes': it must be a folder, or the name of one that can be made"):
+        saelib.sweep([config()], keep=tmp_path / "file" / "saes", progress=False)
 
 
 def test_a_failure_is_heard_of_before_those_that_started_earlier_have_ended(monkeypatch):
@@ -538,3 +564,9 @@ def test_to_compile_is_no_training_time(monkeypatch):
     monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: order.append("clock") or 0.1 * len(order)))
     runs.fit_source(sources.from_tensor(X), config(n_latents=8, sparsity=2))
     assert order == ["path", "clock", "clock"]
+
+
+def test_what_is_no_list_of_configs_is_refused():
+    for configs, value in ((config(), "a single RunConfig"), ([config(), ("pygpt", "topk")], "a list with a tuple")):
+        done = subprocess.run([sys.executable, "-c", f"import saelib; from saelib import RunConfig; saelib.sweep({configs!r})"], capture_output=True, text=True)
+        assert done.stderr.splitlines()[-1].startswith(f"ValueError: configs is {value!r}: it must be a list of")

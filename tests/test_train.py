@@ -114,7 +114,6 @@ def test_an_interrupted_run_goes_on_to_the_same_end(tmp_path, monkeypatch, optio
     straight, expected = short(**options)
     assert history == expected and all(map(torch.equal, resumed.parameters(), straight.parameters()))
     assert ("dead_after" in options) == any(row["auxk"] > 0 for row in history)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where():
@@ -167,7 +166,7 @@ def test_the_penalty_rises_over_its_warmup_and_then_stays():
     assert [row["l1"] / history[-1]["l1"] for row in history] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1])
 
 
-@pytest.mark.parametrize("changes, message", [({"lr": 2e-3}, "of a run with lr 0.001"), ({"n_steps": 40}, "of a run with n_steps 30")])
+@pytest.mark.parametrize("changes, message", [({"lr": 2e-3}, "of a run with lr 0.001"), ({"n_steps": 40}, "of a run with n_steps 30"), ({"precision": "bf16"}, "of a run with precision 'fp32'")])
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(saelib.train, "CHECKPOINT_SECONDS", 0)
 
@@ -319,7 +318,6 @@ except KeyboardInterrupt:
 
 def test_a_run_of_numpy_numbers_is_resumed(tmp_path):
     subprocess.run([sys.executable, "-c", NUMPY, tmp_path / "c.pt"], check=True)  # beside the type checks of these tests
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["squared_error", "auxk"])
