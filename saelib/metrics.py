@@ -11,7 +11,6 @@ from torch import Tensor
 
 from saelib import dense
 from saelib.checks import as_tensor, require
-from saelib.normalisation import check_normalised
 
 BATCH = 2048
 MATCH = 0.9  # cosine similarity above which a decoder row counts as a true feature
@@ -20,6 +19,7 @@ MATCH = 0.9  # cosine similarity above which a decoder row counts as a true feat
 def rows(x: Tensor | numpy.ndarray | Iterable) -> Iterable[Tensor]:
     """Batches of activations, float32: a tensor or an array is cut into pieces, an iterable of such is passed on, but for what is empty."""
     whole = isinstance(x, Tensor | numpy.ndarray)
+    require(whole or isinstance(x, Iterable), "x", type(x).__name__, "activations [n_tokens, d_model], or batches of them")
     for batch in as_tensor(x).split(BATCH) if whole else map(as_tensor, x):
         require(isinstance(batch, Tensor), "x", f"batches of {type(batch).__name__}", "batches that are tensors or arrays [batch, d_model]")
         if len(batch):
@@ -66,12 +66,12 @@ def evaluate(sae, x: Tensor | numpy.ndarray | Iterable, mean: Tensor | numpy.nda
     n_tokens, n_short, active, most, l1, fired = 0, 0, 0, 0, 0.0, torch.zeros(sae.n_latents, dtype=torch.bool, device=device)
     scratch, mean = dense.Scratch(), as_tensor(mean)
     is_mean = isinstance(mean, Tensor) and mean.shape == (sae.d_model,) and bool(mean.isfinite().all())
-    require(mean is None or is_mean, "mean", mean, f"None, or finite numbers of shape [d_model = {sae.d_model}]")
+    require(mean is None or is_mean, "mean", f"of shape {list(mean.shape)}" if isinstance(mean, Tensor) else mean, f"None, or finite numbers of shape [d_model = {sae.d_model}]")
     sums = {name: torch.zeros(sae.d_model, dtype=torch.float64, device=device) for name in ("x", "x²", "e", "e²")}
     for batch in rows(x):
         batch = batch.to(device)
         sae.check(batch)
-        check_normalised(batch, sae.normalisation)
+        sae.check_normalised(batch)
         with judging(sae):
             out = sae.run(batch, scratch=scratch)
         error, l0 = (batch - out.x_hat).double(), (out.latents != 0).sum(1)

@@ -37,12 +37,13 @@ def normalise(x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_mod
     Paper: §2.1
     """
     x, (size, mean) = x.float(), size_and_mean(x)
-    rounding = 4 * torch.finfo(x.dtype).eps * x.norm(dim=-1, keepdim=True)
-    return ((x - mean) / size).masked_fill(size <= rounding, 0)  # what is left of a constant vector is rounding, and would get unit norm
+    constant = size <= 4 * torch.finfo(x.dtype).eps * x.norm(dim=-1, keepdim=True)  # what is left of such a vector is rounding, and would get unit norm
+    return ((x - mean) / size.masked_fill(constant, 1)).masked_fill(constant, 0)  # no division by 0, whose gradient would outlive the mask
 
 
-def check_normalised(x: Float[Tensor, "batch d_model"], normalisation: str) -> None:
-    """Raise ValueError if x is not as `normalisation` leaves it."""
-    norm = x.norm(dim=1)
-    wrong = norm[(norm > 0) & ((norm - 1).abs() > TOLERANCE)] if normalisation == UNIT_NORM else norm[:0]
-    require(not len(wrong), "x", f"with a vector of norm {float(wrong[:1].sum()):.3g}", f"what sae.normalised makes of activations, for this SAE has normalisation {normalisation!r}")
+def check_normalised(name: str, x: Float[Tensor, "batch d_model"], normalisation: str, rule: str) -> None:
+    """Raise ValueError, with the argument's name and the rule, if x is not as `normalisation` leaves it."""
+    if normalisation == UNIT_NORM:
+        norm = x.float().norm(dim=1)
+        wrong = norm[(norm > 0) & ((norm - 1).abs() > TOLERANCE)]
+        require(not len(wrong), name, f"with a vector of norm {float(wrong[:1].sum()):.3g}", f"{rule}, for the normalisation is {normalisation!r}")

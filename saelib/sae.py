@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from saelib import dense, kernels, methods, native, pairs
 from saelib.checks import is_whole, require
 from saelib.files import json_of, reading, write_whole
-from saelib.normalisation import UNIT_NORM, check_normalisation, normalise, size_and_mean
+from saelib.normalisation import UNIT_NORM, check_normalisation, check_normalised, normalise, size_and_mean
 
 FORMAT = "saelib-1"
 PAIRS = {"sparse": pairs.Active, "native": native.Active, "dense": pairs.Active}  # what each path computes with; the dense one does in AuxK alone
@@ -73,7 +73,7 @@ class SAE(nn.Module):
         for name, value in (("d_model", d_model), ("n_latents", n_latents)):
             require(is_whole(value) and value >= 1, name, value, "a whole number, 1 or more")
         check_normalisation(normalisation)
-        self.d_model, self.n_latents, self.normalisation = d_model, n_latents, normalisation
+        self.d_model, self.n_latents, self.normalisation = d_model, n_latents, normalisation = int(d_model), int(n_latents), normalisation
         self.method = methods.make(method, n_latents, sparsity)
         rows = torch.randn(n_latents, d_model, generator=torch.Generator().manual_seed(seed))
         rows /= rows.norm(dim=1, keepdim=True)
@@ -94,9 +94,11 @@ class SAE(nn.Module):
         return F.linear(x - constant, self.W_enc, self.b_enc - self.W_enc @ (self.b_pre - constant))
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_latents"]:
-        """The latents z of activations x, dense, with exact zeros. Paper: §2.2, Eq. (1)"""
+        """The latents z of x, dense, with exact zeros. For an SAE of normalised activations x is what `normalised` makes of them, and anything else
+        raises ValueError. Paper: §2.2, Eq. (1)"""
         tokens = x.reshape(-1, x.shape[-1])
         self.check(tokens)
+        self.check_normalised(tokens)
         return self.method(self.pre_acts(tokens.to(self.W_enc.dtype))).view(*x.shape[:-1], self.n_latents)  # Eq. (1)
 
     def decode(self, latents: Float[Tensor, "*batch n_latents"]) -> Float[Tensor, "*batch d_model"]:
@@ -136,7 +138,7 @@ class SAE(nn.Module):
             return Output(*dense.relu(x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, precision, scratch, path == "native"), None)
         # autocast's cache is shared between threads, and so between the members of a sweep
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
-            latents = self.encode(x)
+            latents = self.method(self.pre_acts(x))
             return Output(self.decode(latents), latents, None)
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
@@ -150,6 +152,10 @@ class SAE(nn.Module):
     def normalised(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """A model's activations as this SAE expects its inputs: what `encode`, `run` and `saelib.evaluate` take."""
         return normalise(x) if self.normalisation == UNIT_NORM else x
+
+    def check_normalised(self, x: Float[Tensor, "batch d_model"]) -> None:
+        """Raise ValueError unless x is as this SAE expects its inputs."""
+        check_normalised("x", x, self.normalisation, "what `SAE.normalised` makes of activations")
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saelib.checks import FLOATS, as_tensor, require
 from saelib.files import reading
-from saelib.normalisation import UNIT_NORM, check_normalisation, normalise
+from saelib.normalisation import UNIT_NORM, check_normalisation, check_normalised, normalise
 
 FILE_TYPES = (".npy", ".safetensors")
 PIECE_ROWS = 2**17  # tokens looked at in one go
@@ -44,6 +44,7 @@ class Source:
         self.shards, self.held_out = [as_tensor(shard).detach() for shard in self.shards], as_tensor(self.held_out).detach()
         for tensor in [*self.shards, self.held_out]:
             check_activations(tensor)
+            check_normalised("source", tensor[:SAMPLE_ROWS], self.normalisation, "activations that are normalised, as `from_tensor` does it")
             require(tensor.shape[1] == self.d_model, "source", f"of widths {tensor.shape[1]} and {self.d_model}", "of one width, d_model")
         sums = sum(piece.float().sum(0, dtype=torch.float64) for shard in self.shards for piece in shard.split(PIECE_ROWS))
         self.mean = (sums / self.n_tokens).float()

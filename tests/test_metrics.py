@@ -128,16 +128,31 @@ def test_l1_of_a_half_precision_sae_has_room():
 
 def test_an_sae_of_normalised_activations_is_judged_on_such():
     sae, raw = SAE(6, 9, "topk", 2, normalisation="unit_norm"), torch.randn(50, 6) * 3
-    with pytest.raises(ValueError, match="x is 'with a vector of norm .*': it must be what sae.normalised makes of activations"):
+    with pytest.raises(ValueError, match="x is 'with a vector of norm .*': it must be what .SAE.normalised. makes of activations"):
         saelib.evaluate(sae, raw)
     half = saelib.evaluate(sae, torch.cat([sae.normalised(raw), torch.zeros(1, 6)]).half())  # of a constant vector nothing is left
     assert half["n_tokens"] == 51 and saelib.evaluate(SAE(6, 9, "topk", 2), raw)["n_tokens"] == 50
 
 
+def test_an_sae_of_normalised_activations_encodes_such_and_no_others():
+    sae, raw = SAE(6, 9, "topk", 2, normalisation="unit_norm"), torch.randn(2, 25, 6) * 3
+    assert sae.encode(sae.normalised(raw)).shape == (2, 25, 9)
+    with pytest.raises(ValueError, match="x is 'with a vector of norm .*': it must be what .SAE.normalised. makes of activations"):
+        sae.encode(raw)
+
+
+def test_a_constant_vector_has_a_gradient_through_a_spliced_sae():
+    sae, raw = SAE(6, 9, "topk", 2, normalisation="unit_norm"), torch.randn(4, 6)
+    raw[1], raw[2] = 0, 3
+    raw.requires_grad_()
+    sae(raw).square().sum().backward()
+    assert raw.grad.isfinite().all() and raw.grad[0].any()
+
+
 def test_what_is_no_sae_or_no_mean_and_weights_that_are_no_numbers_are_refused():
     sae, x = SAE(4, 6, "topk", 2), torch.randn(20, 4)
     for args, rule in (((1, x), "sae is 'int': it must be an SAE"),
-                       ((sae, x, torch.full((4,), torch.nan)), "mean is tensor.*: it must be None, or finite")):
+                       ((sae, x, torch.full((4,), torch.nan)), "mean is 'of shape .4.': it must be None, or finite")):
         with pytest.raises(ValueError, match=rule):
             saelib.evaluate(*args)
     with torch.no_grad():

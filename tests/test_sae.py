@@ -84,7 +84,7 @@ def test_the_unit_vectors_from_the_geometric_median_to_the_rows_sum_to_zero():
 
 @pytest.mark.parametrize("d, n, dtype, rule", [(50, 64, torch.float32, "d_model is 50: it must be a multiple of 32"),
                                                (64, 50, torch.float32, "n_latents is 50: it must be a multiple of 32"),
-                                               (64, 64, torch.float64, "x.dtype is torch.float64: it must be torch.float32, on the CPU")])
+                                               (64, 64, torch.float64, "W_enc.dtype is torch.float64: it must be torch.float32, on the CPU")])
 def test_what_the_compiled_code_does_not_take_is_said(monkeypatch, d, n, dtype, rule):
     monkeypatch.setattr(native, "compiled", lambda: None)
     with pytest.raises(ValueError, match=rule):

@@ -181,6 +181,8 @@ def test_arrays_are_activations_however_they_lie_in_memory(x):
 def test_a_source_checks_its_normalisation_and_is_equal_to_itself_alone():
     with pytest.raises(ValueError, match="normalisation is 'unitnorm'"):
         sources.Source("a", [torch.randn(4, 3)], torch.randn(3, 3), "unitnorm")
+    with pytest.raises(ValueError, match="source is 'with a vector of norm .*': it must be activations that are normalised, as `from_tensor` does it"):
+        sources.Source("a", [torch.randn(4, 3)], sources.normalise(torch.randn(3, 3)), "unit_norm")
     one, other = (sources.from_tensor(torch.ones(4, 3).tril()) for _ in range(2))
     assert one == one and one != other and len({one, other}) == 2
 
