@@ -60,7 +60,9 @@ def build() -> ModuleType | str:
             return load(module, made)
     except Exception as error:  # whatever keeps a compiler from its work, there is a path without it
         lines = str(error).splitlines() or [type(error).__name__]
-        return next((line for line in lines if " error: " in line or "not found" in line), lines[0])
+        why = next((line for line in lines if " error: " in line or "not found" in line), lines[0])
+        tqdm.write(f"saelib goes on without them: {why}", file=sys.stderr)
+        return why
 
 
 def load(module: str, path: Path) -> ModuleType:
@@ -91,7 +93,7 @@ def available() -> bool:
 
 def check(x: Float[Tensor, "batch d"], weights: Float[Tensor, "n_latents d"]) -> None:
     """Raise ValueError unless there are operators, and they take such activations and weights."""
-    for name, tensor in (("x", x), ("W_enc", weights)):
+    for name, tensor in (("W_enc", weights), ("x", x)):
         require(tensor.device.type == "cpu" and tensor.dtype == torch.float32, f"{name}.dtype", tensor.dtype, "torch.float32, on the CPU, with path 'native'")
     compiled()
 

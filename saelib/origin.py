@@ -65,13 +65,20 @@ def commit() -> str:
     return head if top and Path(top) == PACKAGE.parent else "unknown"
 
 
-def inputs(config) -> str:
-    """A hash of what decides a row's numbers and may change under the same name outside saelib: local files that are the subject or the
-    text, the interpreter whose library is the text, a method that is defined elsewhere, its bases and their files. Data files count by name, size and time."""
+def data_inputs(config) -> list:
+    """What decides activations and may change under the same name outside saelib: local files that are the subject or the
+    text, by name, size and time, and the interpreter whose library is the text."""
     parts = [platform.python_version()]
     for name in sorted({config.subject, config.text} - {None, *subjects.BUILT_IN, *texts.STDLIB_TEXTS}):
         files = [p for p in texts.files_of(Path(name)) if p.is_file()]
         parts += [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return parts
+
+
+def inputs(config) -> str:
+    """A hash of what decides a row's numbers and may change under the same name outside saelib: `data_inputs`, and a method that is defined
+    elsewhere, its bases and their files."""
+    parts = data_inputs(config)
     for kind in methods.find(config.method).__mro__:
         package, _, module = kind.__module__.partition(".")
         if package not in ("builtins", "torch") and not (package == "saelib" and module in DECIDING):

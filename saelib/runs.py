@@ -16,7 +16,7 @@ from saelib import methods, metrics, native, sources, subjects
 from saelib.checks import is_whole, require
 from saelib.files import plain
 from saelib.modes import own_modes
-from saelib.origin import inputs, provenance
+from saelib.origin import data_inputs, inputs, provenance
 from saelib.sae import SAE, geometric_median
 from saelib.selection import has_kernels
 from saelib.subjects import pick_device
@@ -156,8 +156,11 @@ def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", 
 
 def fit(source: Tensor | numpy.ndarray | sources.Source, method: str = "topk", sparsity: float = 32, *, n_latents: int, n_tokens: int,
         batch_size: int = 1024, lr: float | None = None, seed: int = 0, device: str = "auto", path: str = "auto",
-        progress: bool = True) -> Fit:
+        precision: str = "auto", progress: bool = True) -> Fit:
     """Train a sparse autoencoder on activations.
+
+    What is not asked for here follows from the rules of `RunConfig.resolve`: a penalty rises over the first tenth of the training, and a latent
+    counts as dead after a tenth of it. `fit_source` takes every setting.
 
     Args:
         source: [n_tokens, d_model] activations, a tensor or an array, used as they are; or a saelib source. Learning rates and L1 coefficients
@@ -172,6 +175,7 @@ def fit(source: Tensor | numpy.ndarray | sources.Source, method: str = "topk", s
         device: "cpu", "cuda", or "auto".
         path: "sparse"; "graph", which records a step on a GPU (see `saelib.graphs`); "native", compiled for a CPU (see `saelib.native`);
             "dense"; or "auto", the fastest that there is for this SAE here (see `pick_path`).
+        precision: "fp32"; "bf16", which multiplies in bfloat16; or "auto", that for an encoder of 2^16 weights or more where the hardware does so.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -186,7 +190,7 @@ def fit(source: Tensor | numpy.ndarray | sources.Source, method: str = "topk", s
     if isinstance(source, Tensor | numpy.ndarray):
         source = sources.from_tensor(source)
     require(isinstance(source, sources.Source), "source", type(source).__name__, "a [n_tokens, d_model] tensor or array, or a saelib source")
-    config = RunConfig(source.name, method, sparsity, n_latents, n_tokens, batch_size, lr, seed, path=path)
+    config = RunConfig(source.name, method, sparsity, n_latents, n_tokens, batch_size, lr, seed, path=path, precision=precision)
     with tqdm(total=n_tokens, unit="tok", unit_scale=True, disable=not progress, desc=f"{method} {sparsity:g}") as bar:
         return fit_source(source.on(pick_device(device)), config, device, bar.update)
 
@@ -198,7 +202,7 @@ _OPENING = threading.Lock()
 def open_source(config: RunConfig, device: str = "auto") -> sources.Source:
     """The source of a run; members of a sweep that ask for the same share it."""
     config, device = config.resolve(), pick_device(device)
-    key = config.subject, config.source_tokens, config.text, config.layer, inputs(config), device
+    key = config.subject, config.source_tokens, config.text, config.layer, repr(data_inputs(config)), device
     with _OPENING:
         if key not in _SOURCES:
             _SOURCES[key] = subjects.open_source(config.subject, config.source_tokens, text=config.text, layer=config.layer, device=device).on(device)

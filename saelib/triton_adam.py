@@ -36,8 +36,8 @@ def _square_norms(grad, rows, out, d, UNIT: tl.constexpr, BLOCK_D: tl.constexpr)
 
 
 def in_rows(tensor: Tensor) -> Tensor:
-    """A vector as a matrix, for the functions that go row by row."""
-    return tensor if tensor.dim() == 2 else tensor.view(-1, math.gcd(len(tensor), 1024))
+    """A vector, or a number, as a matrix, for the functions that go row by row."""
+    return tensor if tensor.dim() == 2 else tensor.view(-1, math.gcd(tensor.numel(), 1024))
 
 
 def square_norm(grad: Float[Tensor, "n_latents d"], rows: Float[Tensor, "n_latents d"], unit: bool) -> Float[Tensor, ""]:

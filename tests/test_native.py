@@ -234,6 +234,17 @@ def test_a_method_without_a_kernel_is_refused():
         make(32, 96, 4, method="topk_ste").run(random(5, 32), "native")
 
 
+def test_a_compiler_that_fails_leaves_the_stock_path_and_says_why(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path))
+
+    def load(*args, **options):
+        raise RuntimeError("Error building extension\nnative.cpp:1: fatal error: Python.h: No such file or directory")
+
+    monkeypatch.setattr(cpp_extension, "load", load)
+    why = "native.cpp:1: fatal error: Python.h: No such file or directory"
+    assert native.build.__wrapped__() == why and f"saelib goes on without them: {why}" in capsys.readouterr().err
+
+
 def test_what_was_compiled_is_loaded_without_a_compiler(monkeypatch):
     native.compiled()
     monkeypatch.setenv("PATH", "")

@@ -8,7 +8,7 @@ from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from saelib import cache, subjects, texts
+from saelib import cache, sources, subjects, texts
 
 WORDS = "the quick brown fox jumps over the lazy dog\n\n"
 
@@ -97,7 +97,7 @@ def test_another_word_of_equal_length_is_another_text_in_the_cache(tiny, text, t
 
 
 def test_a_tenth_is_held_out_and_sixteen_thousand_tokens_at_least(tiny, text, monkeypatch):
-    monkeypatch.setattr(subjects, "activations", lambda subject, text, split, n, layer, device, start: iter([torch.randn(n, 16)]))
+    monkeypatch.setattr(subjects, "activations", lambda subject, text, split, n, layer, device, start: iter([sources.normalise(torch.randn(n, 16))]))
     assert [len(subjects.open_source(tiny["gpt"], n, text=text).held_out) for n in (500, 200_000)] == [16_384, 20_000]
 
 
