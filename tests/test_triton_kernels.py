@@ -9,7 +9,7 @@ import torch
 ON_GPU = torch.cuda.is_available()
 triton = pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
 
-from saelib import kernels, pairs, train, triton_adam, triton_kernels, triton_select  # noqa: E402
+from saelib import kernels, methods, pairs, train, triton_adam, triton_kernels, triton_select  # noqa: E402
 from saelib.sae import SAE  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -241,7 +241,7 @@ def test_nothing_imports_these_modules_before_it_needs_them():
 def a_loop(monkeypatch, on_gpu, method="topk", precision="fp32", n_steps=4):
     """A few steps of training with dead latents, checkpointed and taken up again in the middle."""
     monkeypatch.setattr(kernels, "on_gpu", lambda x: on_gpu)
-    sparsity = {"topk": 3, "relu": 0.05}[method]
+    sparsity = {"topk": 3, "relu": 0.05, "gained": 0.05}[method]
     fresh = lambda: train.Loop(SAE(12, 40, method, sparsity).to(DEVICE), 1e-2, 30, 1 / 32, 4, 0.0)
     loop, history = fresh(), []
     for step in range(n_steps):
@@ -255,8 +255,21 @@ def a_loop(monkeypatch, on_gpu, method="topk", precision="fp32", n_steps=4):
     return [p.detach() for p in loop.sae.parameters()], history
 
 
-@pytest.mark.parametrize("method", ["topk", "relu"])
+class Gained(methods.ReLU):
+    """A method with parameters of its own: a number, and one that no gradient reaches."""
+    key = "gained"
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.gain, self.unused = torch.nn.Parameter(torch.tensor(1.5)), torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, pre_acts):
+        return self.gain * torch.relu(pre_acts)
+
+
+@pytest.mark.parametrize("method", ["topk", "relu", "gained"])
 def test_training_on_the_kernels_of_the_gpu_is_training_on_the_stock_operations(monkeypatch, method):
+    monkeypatch.setitem(methods.METHODS, "gained", Gained)
     (weights, history), (twins, expected) = a_loop(monkeypatch, True, method), a_loop(monkeypatch, False, method)
     assert history == pytest.approx(expected, rel=1e-4)
     for ours, twin in zip(weights, twins):
