@@ -55,7 +55,7 @@ def l0_by_construction(largest_excess: float, shortfall: dict[str, float]):
 
 def l0_emerges(n_runs: dict[str, int], spread: float):
     text = ", ".join(f"{name} {n}" for name, n in n_runs.items())
-    return f"training runs to reach L0 32 within 5 %: {text}; TopK 1. One l1_coef gives L0s {spread:.1f}-fold apart over subjects and n", [
+    return f"training runs to reach L0 32 within 5 %: {text}; TopK 1. One l1_coef gives L0s {spread:.2f}-fold apart over subjects and n", [
         min(n_runs.values()) > 1, spread > 2]
 
 

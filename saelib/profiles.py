@@ -40,7 +40,7 @@ PROFILES = {
                     l1_coefs={"pygpt": 0.03, "minilm": 0.04}, game_tokens=1_000_000, exact_coefs=(0.05, 0.1, 0.2, 0.4), exact_steps=5000),
     },
     "topk_learns": {
-        "quick": dict(n_seeds=1, source_tokens=24_000, n_tokens=24_000, batch_size=256, n_latents=256, k=8, l1_coef=0.1, ste_lrs=(1.0,), n_checkpoints=10, subjects=("synthetic", "pygpt")),
+        "quick": dict(n_seeds=1, source_tokens=24_000, n_tokens=24_000, batch_size=256, n_latents=256, k=8, l1_coef=0.1, ste_lrs=(0.1, 1.0), n_checkpoints=10, subjects=("synthetic", "pygpt")),
         "laptop": dict(n_seeds=3, source_tokens=300_000, n_tokens=40_000, batch_size=256, n_latents=384, k=32, l1_coef=0.05, ste_lrs=(0.1, 0.3, 1.0), n_checkpoints=20, subjects=("pygpt", "minilm")),
         "gpu": dict(n_seeds=5, source_tokens=3_000_000, n_tokens=5_000_000, batch_size=1024, n_latents=4096, k=32, l1_coef=0.06, ste_lrs=(0.1, 0.3, 1.0, 3.0), n_checkpoints=50, subjects=("pygpt", "minilm")),
     },
