@@ -4,11 +4,12 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from saelib import bench, contestants, parts, peers, profiles, speed_plots, speed_rows, timing
+from saelib import bench, contestants, native, parts, peers, profiles, speed_plots, speed_rows, timing
 from saelib.contestants import CASES, RELU, Ours, Plain, Setting
 
 TINY = Setting(32, 320, 4, 64)
@@ -193,3 +194,22 @@ def test_the_figures_list_every_row_they_draw(small):
     assert len(speed_plots.against(curves).numbers) == len({(row["axis"], row["name"]) for row in curves})
     assert len(speed_plots.apart(apart).numbers) == len(apart) == 10
     assert all(picture.svg() for picture in (speed_plots.multiples(steps), speed_plots.against(curves), speed_plots.apart(apart)))
+
+
+@pytest.mark.parametrize("case, wanted, others", [("topk", "native", "sparse"), ("relu", "sparse", "native")])
+def test_a_whole_fit_is_timed_by_the_step_on_each_path(monkeypatch, case, wanted, others):
+    setting, asked = contestants.Setting(64, 1024, 4, 64), []
+
+    def fit(data, method, sparsity, *, path, **rest):
+        asked.append((method, path))
+        return SimpleNamespace(metrics={"seconds": 24.0 if path == "auto" else 12.0}, history=[{"dead_fraction": 0.25}])
+
+    monkeypatch.setattr(native, "available", lambda: True)
+    monkeypatch.setattr(bench, "FIT_STEPS", {"cpu": 12})
+    monkeypatch.setattr(bench, "Ours", lambda s, case, path, precision: asked.append((case, path)) or SimpleNamespace(step=lambda x: None))
+    monkeypatch.setattr(bench.runs, "fit", fit)
+    rows = {row["name"]: row for row in bench.whole_fit(setting, case, 0.0)}
+    assert set(rows) == {"GEMM", "one step", "fit", f"fit, {others}"}
+    assert asked[:3] == [(case, wanted), (case, "auto"), (case, others)]
+    assert rows["fit"]["ms"]["median"] == 2000 and rows[f"fit, {others}"]["ms"]["median"] == 1000
+    assert rows["fit"]["differs"] == "12 steps, 256 dead at the end" and wanted in rows["fit"]["auto"] + "sparse"

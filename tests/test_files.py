@@ -61,3 +61,24 @@ def test_threads_that_write_the_same_file_do_not_take_each_others(tmp_path):
     for thread in threads:
         thread.join()
     assert not failed and path.read_text() in ("a" * 1000, "b" * 1000) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_single_file_is_replaced_in_one_move(tmp_path, monkeypatch):
+    path, replace, there = tmp_path / "one.txt", Path.replace, []
+    path.write_text("old")
+    monkeypatch.setattr(Path, "replace", lambda partial, to: (there.append(to.exists()), replace(partial, to))[1])
+    files.write_whole({path: lambda partial: partial.write_text("new")})
+    assert there == [True] and path.read_text() == "new"
+
+
+def test_a_write_that_fails_leaves_what_was_there_and_no_partial_file(tmp_path):
+    first, last = tmp_path / "a", tmp_path / "b"
+    files.write_whole({path: lambda partial: partial.write_text("old") for path in (first, last)})
+
+    def fails(partial):
+        partial.write_text("half")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        files.write_whole({first: lambda partial: partial.write_text("new"), last: fails})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}

@@ -1,5 +1,6 @@
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -159,3 +160,11 @@ def test_what_is_no_sae_or_no_mean_and_weights_that_are_no_numbers_are_refused()
         sae.W_dec[0] = torch.nan
     with pytest.raises(ValueError, match="sae is 'one that reconstructs NaN or Inf': it must be of finite weights"):
         saelib.evaluate(sae, x)
+
+
+@pytest.mark.parametrize("length, taken", [(0.5, False), (0.98, False), (0.995, True), (1.005, True), (1.02, False)])
+def test_an_input_counts_as_normalised_within_one_percent_of_norm_1_above_and_below(length, taken):
+    sae = SAE(6, 9, "topk", 2, normalisation="unit_norm")
+    x = length * sae.normalised(torch.randn(5, 6))
+    with nullcontext() if taken else pytest.raises(ValueError, match="x is 'with a vector of norm"):
+        sae.encode(x)

@@ -66,3 +66,11 @@ def test_a_fused_product_takes_memory_that_is_given_out_again(monkeypatch):
         linear(torch.ones(batch, 1).bfloat16(), torch.ones(n, 1).bfloat16(), torch.zeros(n).bfloat16(), out)
         assert out.eq(1).all()
     assert len(sizes) == 3 + 3 + 2 and max(sizes[:6]) <= products.AT_ONCE
+
+
+def test_a_cpu_with_avx2_alone_multiplies_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(products, "cpu_has", lambda feature: False)
+    assert subjects.fast_dtype("cpu") == torch.float32

@@ -1,9 +1,11 @@
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
@@ -570,3 +572,160 @@ def test_what_is_no_list_of_configs_is_refused():
     for configs, value in ((config(), "a single RunConfig"), ([config(), ("pygpt", "topk")], "a list with a tuple")):
         done = subprocess.run([sys.executable, "-c", f"import saelib; from saelib import RunConfig; saelib.sweep({configs!r})"], capture_output=True, text=True)
         assert done.stderr.splitlines()[-1].startswith(f"ValueError: configs is {value!r}: it must be a list of")
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+def steps_taken(monkeypatch):
+    started, one = [], train.Loop.one
+    monkeypatch.setattr(train.Loop, "one", lambda loop, *args: started.append(loop.step) or one(loop, *args))
+    return started
+
+
+def test_a_checkpoint_of_other_code_is_not_gone_on_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(sweeps.tqdm, "update", interrupt)
+        saelib.sweep([config()], tmp_path / "rows.jsonl", progress=False)
+    monkeypatch.setattr(sweeps, "code_hash", lambda: "changed")
+    started = steps_taken(monkeypatch)
+    saelib.sweep([config()], tmp_path / "rows.jsonl", progress=False)
+    assert started == list(range(10))
+
+
+def test_a_checkpoint_of_a_file_that_changed_since_does_not_stand_in_the_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    asked = config(subject=str(tmp_path / "acts.npy"), n_latents=16, n_tokens=400)
+    numpy.save(tmp_path / "acts.npy", torch.randn(400, 8).numpy())
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(sweeps.tqdm, "update", interrupt)
+        saelib.sweep([asked], tmp_path / "rows.jsonl", progress=False)
+    numpy.save(tmp_path / "acts.npy", torch.randn(400, 8).numpy())
+    row, = saelib.sweep([asked], tmp_path / "rows.jsonl", progress=False)
+    assert row["config"]["subject"] == asked.subject
+
+
+def test_a_kill_before_the_row_is_written_loses_no_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(sweeps, "add_row", interrupt)
+        saelib.sweep([config()], tmp_path / "rows.jsonl", progress=False)
+    started = steps_taken(monkeypatch)
+    saelib.sweep([config()], tmp_path / "rows.jsonl", progress=False)
+    assert started == [9]
+
+
+def test_a_sweep_with_nothing_to_do_leaves_the_store_alone(tmp_path):
+    store = tmp_path / "rows.jsonl"
+    saelib.sweep([config()], store, progress=False)
+    text = store.read_text() + '{"config": {"su'  # a row that another process is writing
+    store.write_text(text)
+    saelib.sweep([config()], store, progress=False)
+    assert store.read_text() == text
+
+
+def test_a_sweep_with_nothing_to_do_shows_no_bar(tmp_path, capsys):
+    saelib.sweep([config()], tmp_path / "rows.jsonl", progress=False)
+    capsys.readouterr()
+    saelib.sweep([config()], tmp_path / "rows.jsonl")
+    assert not capsys.readouterr().err
+
+
+def test_an_interrupt_ends_the_members_under_way(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    ended = []
+
+    def run(asked, device, count, *places):
+        if asked.seed == 1:
+            raise KeyboardInterrupt
+        for _ in range(40):
+            time.sleep(0.05)
+            count(1)
+        ended.append(asked)
+
+    monkeypatch.setattr(sweeps, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        saelib.sweep([config(), config(seed=1)], progress=False)
+    assert not ended
+
+
+def test_a_config_that_is_asked_for_twice_is_run_once(tmp_path):
+    store = tmp_path / "rows.jsonl"
+    first, second = saelib.sweep([config(), config()], store, progress=False)
+    assert first == second and len(sweeps.read_rows(store)) == 1
+
+
+def test_fit_multiplies_in_the_precision_that_is_asked_for():
+    x = sources.normalise(torch.randn(2000, 16, generator=torch.Generator().manual_seed(0)))
+    found = [saelib.fit(x, "relu", 0.1, n_latents=40, n_tokens=1000, batch_size=100, precision=precision, progress=False).history for precision in ("auto", "fp32", "bf16")]
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_row_names_the_files_as_they_were_when_its_activations_were_read(tmp_path):
+    path = tmp_path / "acts.npy"
+    numpy.save(path, torch.randn(400, 8).numpy())
+    asked = config(subject=str(path), n_latents=16, n_tokens=400)
+    before = origin.inputs(asked)
+    row = runs.run(asked, "cpu", lambda n: os.utime(path, (0, 0)))  # touched while it trains
+    assert row["provenance"]["inputs"] == before != origin.inputs(asked)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_row_says_which_precision_was_used(precision):
+    assert runs.run(config(precision=precision))["provenance"]["precision"] == precision
+
+
+@pytest.mark.parametrize("n_tokens, dead_after", [(5, 1), (5000, 500), (10**9, 10_000_000)])
+def test_what_is_left_out_follows_from_the_run(n_tokens, dead_after):
+    found = config(n_tokens=n_tokens).resolve()
+    assert (found.penalty_warmup, found.dead_after, found.source_tokens, found.lr) == (0.1, dead_after, n_tokens, train.paper_lr(64))
+
+
+def test_the_hash_of_the_code_covers_what_is_compiled(tmp_path, monkeypatch):
+    before = origin.code_hash.__wrapped__()
+    (tmp_path / "native.cpp").write_text("// other")
+    monkeypatch.setattr(native, "SOURCES", [tmp_path / "native.cpp"])
+    assert origin.code_hash.__wrapped__() != before
+
+
+def test_in_somebody_elses_repository_the_commit_is_unknown(tmp_path, monkeypatch):
+    for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / "site-packages" / "saelib").mkdir(parents=True)
+    monkeypatch.setattr(origin, "PACKAGE", tmp_path / "site-packages" / "saelib")
+    assert origin.commit() == "unknown"
+
+
+TYPED = """
+import saelib
+from saelib import methods, origin
+class Own(methods.TopK):
+    key = "own"
+    def forward(self, pre_acts):
+        return pre_acts * {constant}
+methods.METHODS["own"] = Own
+print(origin.inputs(saelib.RunConfig("pygpt", "own", 4, 64, 100)))
+"""
+
+
+def test_a_typed_method_is_known_by_its_constants():
+    found = {subprocess.run([sys.executable, "-"], input=TYPED.format(constant=constant), capture_output=True, text=True, check=True,
+                            env=os.environ | {"PYTHONPATH": str(origin.PACKAGE.parent)}).stdout for constant in (2.5, 3.5)}
+    assert len(found) == 2
+
+
+def test_a_method_in_a_file_is_known_by_what_stands_around_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    found = []
+    for scale in ("2.0", "30.0"):
+        (tmp_path / "own_method.py").write_text(f"from saelib import methods\nSCALE = {scale}\nclass Own(methods.TopK):\n    key = 'own'\n"
+                                                "    def forward(self, pre_acts):\n        return super().forward(pre_acts) * SCALE\n")
+        sys.modules.pop("own_method", None)
+        importlib.invalidate_caches()
+        monkeypatch.setitem(methods.METHODS, "own", importlib.import_module("own_method").Own)
+        found.append(origin.inputs(config(method="own")))
+    sys.modules.pop("own_method")
+    assert found[0] != found[1]

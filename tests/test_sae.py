@@ -1,6 +1,8 @@
 import json
 import subprocess
 import sys
+import types
+from pathlib import Path
 
 import numpy
 import pytest
@@ -221,3 +223,39 @@ def test_a_saved_sae_with_other_tensors_or_no_numbers_is_refused(tmp_path, damag
     save_file(load_file(tmp_path / "sae.safetensors") | damage, tmp_path / "sae.safetensors")
     with pytest.raises(ValueError, match=rule):
         saelib.load(tmp_path)
+
+
+def test_a_decoder_row_of_zeros_stays_finite():
+    sae = SAE(8, 30, "topk", 4)
+    sae.W_dec.data[3] = 0
+    sae.normalise_decoder()
+    assert sae.W_dec.isfinite().all()
+
+
+def test_what_was_compiled_for_another_torch_or_cpu_has_another_name(monkeypatch, tmp_path):
+    names = []
+
+    def compile_(name, *args, **options):
+        names.append(name)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setenv("CXX", sys.executable)
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path))
+    monkeypatch.setattr("torch.utils.cpp_extension.load", compile_)
+    for version, bf16 in (("1", False), ("2", False), ("2", True)):
+        monkeypatch.setattr(torch, "__version__", version)
+        monkeypatch.setattr(native, "cpu_has", lambda feature: bf16)
+        native.build.__wrapped__()
+    assert len(set(names)) == 3
+
+
+def test_where_nothing_can_be_kept_what_was_compiled_is_used_from_where_it_lies(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setenv("CXX", sys.executable)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path / "file"))  # no folder, and none can be made there
+    monkeypatch.setattr("torch.utils.cpp_extension.load", lambda name, *args, build_directory, **options: Path(build_directory, f"{name}.so").write_text("made"))
+    loaded = []
+    monkeypatch.setattr(native, "load", lambda module, path: loaded.append(path.read_text()) or types.ModuleType(module))
+    assert not isinstance(native.build.__wrapped__(), str) and loaded == ["made"]

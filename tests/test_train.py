@@ -326,3 +326,37 @@ def test_a_penalty_does_not_take_the_place_of_another_term(name):
     sae.method.penalty = lambda sae, x, out: {name: out.latents.sum()}
     with pytest.raises(ValueError, match=f"penalty is .'{name}'.: it must be a dict of terms with other names"):
         train(sae, lambda start: iter(X.split(100)), 2)
+
+
+def test_auxk_takes_for_dead_what_was_silent_for_more_than_dead_after_tokens():
+    loop = Loop(SAE(16, 40, "topk", 4), 1e-3, 250, 0.0, 8, 0.0)
+    loop.tokens_since_fired[:3] = torch.tensor([249, 250, 251])
+    assert loop.dead()[0].tolist() == [2]
+
+
+def test_an_sae_that_was_in_use_is_trained_in_training_mode():
+    sae = SAE(16, 40, "batchtopk", 4).eval()
+    train(sae, batches_of(X, 20), 20, lr=1e-3)
+    assert sae.method.threshold > 0 and not sae.training
+
+
+@pytest.mark.parametrize("options, message", [(dict(dead_after=0), "dead_after is 0: it must be a whole number, 1 or more"), (dict(n_steps=0), "n_steps is 0: it must be a whole number, 1 or more")])
+def test_a_number_of_tokens_or_steps_below_1_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        train(SAE(16, 40, "topk", 4), lambda step: iter([X]), **{"n_steps": 1} | options)
+
+
+@pytest.mark.parametrize("name, here", [("penalty_warmup", 0.5), ("auxk_coef", 0.25), ("k_aux", 4), ("dead_after", 500), ("ema_decay", 0.5), ("sparsity", 5), ("method", "batchtopk")])
+def test_a_checkpoint_of_a_run_with_any_other_setting_is_refused(tmp_path, monkeypatch, name, here):
+    def stop(step):
+        raise KeyboardInterrupt
+
+    def go(on_step=None, method="topk", sparsity=4, **options):
+        train(SAE(16, 40, method, sparsity), batches_of(X, 30), 30, lr=1e-3, checkpoint=tmp_path / "c.pt", on_step=on_step,
+                    **{"penalty_warmup": 0.1, "auxk_coef": 0.5, "k_aux": 8, "dead_after": 1000, "ema_decay": 0.9} | options)
+
+    monkeypatch.setattr(saelib.train, "CHECKPOINT_SECONDS", 0)
+    with pytest.raises(KeyboardInterrupt):
+        go(stop)
+    with pytest.raises(ValueError, match=f"of a run with {name} .*: it must be of this run, with {here!r}"):
+        go(**{name: here})
