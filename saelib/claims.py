@@ -77,7 +77,7 @@ CLAIMS = {
                   "no figure given", criteria.equal_l0),
     "A3.5": Claim("TopK's lead over ReLU does not vanish from 100,000 tokens to 3 million", "ours, on §2.3",
                   "On pygpt at n = 1024 and L0 32, each method at the best rate of one grid at each length: in every seed ReLU's error is more than 1 times TopK's "
-                  "after 100,000 tokens to 3 million, and at 3 million by at least half as much more as at 300,000",
+                  "after 100,000 tokens to 3 million, and what it is above 1 at 3 million is at least half of that at 300,000",
                   "trained to convergence; no figure against the length", criteria.lead_lasts),
     "M1": Claim("Two of six definitions of normalized MSE put two of the chapter's autoencoders in opposite orders", "ours",
                 "Among the autoencoders of the chapter, a pair that two of six definitions order oppositely, by more than 1 % under both",

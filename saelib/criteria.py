@@ -40,7 +40,7 @@ def lead_lasts(ratios: dict[int, dict[int, float]]):
     longest = max(ratios)
     kept = [(ratio - 1) / (ratios[longest // 10][seed] - 1) for seed, ratio in ratios[longest].items()]
     text = ", ".join(f"{n:,} tokens: {interval(list(by_seed.values()))[0]:.2f}" for n, by_seed in sorted(ratios.items()))
-    return (f"ReLU's error over TopK's at L0 32, {text}; of what it is above 1, the longest has {said(kept, '.2f')} times that of a tenth of its length",
+    return (f"ReLU's error over TopK's at L0 32, {text}; what it is above 1 at {longest:,} tokens is {said(kept, '.2f')} times that at {longest // 10:,}",
             [min(ratio for by_seed in ratios.values() for ratio in by_seed.values()) > 1, min(kept) >= 0.5])
 
 
