@@ -20,6 +20,7 @@ from saelib.normalisation import UNIT_NORM, check_normalisation, check_normalise
 FORMAT = "saelib-1"
 PAIRS = {"sparse": pairs.Active, "native": native.Active, "dense": pairs.Active}  # what each path computes with; the dense one does in AuxK alone
 WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the bits of a number as a whole one, positive where it is, compare faster
+SPARSE = torch.float32, torch.float64  # the types that a CPU has sparse products for, with their gradients
 COUNTED = 256  # tokens whose active latents a CPU counts at once: a sum makes whole numbers of all, and those of a batch would need fresh memory
 
 
@@ -130,7 +131,7 @@ class SAE(nn.Module):
             native.check(x, self.W_enc)
         kernel = methods.kernel(self.method) if path != "dense" else None
         require(path != "native" or kernel is not None, "path", path, "'sparse' or 'dense' for an activation function that has no kernel")
-        if kernel == "largest":
+        if kernel == "largest" and (x.is_cuda or x.dtype in SPARSE):
             again = partial(kernels.autoencode, x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, b_out=self.b_pre, precision=precision,
                             kind=PAIRS[path], copies=copies)
             return Output(*again(self.method.k, choice=self.method.select), again)

@@ -225,6 +225,17 @@ def test_a_saved_sae_with_other_tensors_or_no_numbers_is_refused(tmp_path, damag
         saelib.load(tmp_path)
 
 
+@pytest.mark.parametrize("method", ["topk", "batchtopk", "relu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_sae_cast_to_a_half_passes_gradients_to_the_model_that_it_is_spliced_into(method, dtype):
+    sae, x = SAE(16, 40, method, 4 if method != "relu" else 0.1), torch.randn(30, 16, requires_grad=True)
+    sae.run(x)  # BatchTopK's threshold comes from training
+    sae.eval()
+    exact, = torch.autograd.grad(sae(x).square().sum(), x)
+    rough, = torch.autograd.grad(sae.to(dtype)(x.to(dtype)).float().square().sum(), x)
+    assert torch.nn.functional.cosine_similarity(exact.flatten(), rough.flatten(), dim=0) > 0.95
+
+
 def test_a_decoder_row_of_zeros_stays_finite():
     sae = SAE(8, 30, "topk", 4)
     sae.W_dec.data[3] = 0
