@@ -1,5 +1,5 @@
 # make book [PROFILE=laptop]   run every notebook at that profile, then build the site into _build/html
-# make test                    unit tests, notebooks against their committed outputs, strict build, browser
+# make test                    lint, unit tests, notebooks against their committed outputs, strict build, browser
 # make notebooks               refresh the committed `quick` outputs in notebooks/
 # make bench                   time a training step beside floors, the plain loop and other libraries (eleven minutes on two idle cores)
 # make keep                    put the times and frontiers of runs/ into book/results, which the site shows beside its own
@@ -43,6 +43,7 @@ book: $(VENV)/.installed
 
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.installed
+	@$(BIN)/ruff check --quiet
 	@$(BIN)/python tools/make_explorer.py quick
 	$(call step,building the site from the committed outputs)
 	@rm -rf _build/test

@@ -1,4 +1,4 @@
-"""The cache that keeps activations on disk: shards of float16, written whole or not at all, mapped into memory when read."""
+"""The cache that keeps activations on disk: shards of float16, written whole or not at all, and read by memory map."""
 import hashlib
 import json
 import os
@@ -25,11 +25,13 @@ def cached(key: dict, make: Callable[[int], Iterator[Tensor]], name: str) -> lis
     """The tensors that `make` yields, kept on disk in shards under a name that `key` determines.
 
     Shards are float16 safetensors, mapped into memory when read. Each is written beside its place and moved
-    there when whole; the list of shards, written last, makes the entry valid. Interrupted, it goes on after the last whole shard.
+    there when whole; the list of shards, written last, makes the entry valid. Interrupted, it goes on after the last
+    whole shard.
 
     Args:
         key: everything that determines the activations, JSON-able.
-        make: given a number of rows to leave out, yields activations [n, d_model] after those; asked only if the cache lacks them.
+        make: given a number of rows to leave out, yields activations [n, d_model] after those; asked only if the cache
+            lacks them.
         name: the readable part of the folder's name.
 
     Raises:
@@ -54,7 +56,8 @@ def _writing() -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"cache is {str(cache_folder())!r}: it must be a folder that can be written ({error})") from None
+        raise ValueError(f"cache is {str(cache_folder())!r}: it must be a folder that can be written "
+                         f"({error})") from None
 
 
 def _regroup(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -70,7 +73,7 @@ def _regroup(pieces: Iterator[Tensor]) -> Iterator[Tensor]:
 
 
 def _whole_shards(folder: Path) -> list[dict]:
-    """What an interrupted harvest left: whole shards of full size, one after another. From the first that is not one, all are made again."""
+    """What an interrupted harvest left: whole shards of full size, one after another, up to the first that is not."""
     shards = []
     while (path := folder / f"{len(shards):05d}.safetensors").is_file():
         try:

@@ -10,7 +10,7 @@ from saelib.files import plain, reading, write_whole
 
 
 def describe(**about) -> dict:
-    """What a run is, as plain values: what a checkpoint would not give back as it was is refused here, before the first step."""
+    """What a run is, as plain values. What a checkpoint would not give back as it was is refused, before any step."""
     return json.loads(json.dumps(about, default=plain))
 
 
@@ -20,12 +20,13 @@ def save(path: Path, state: dict, about: dict) -> None:
 
 
 def resume(path: Path, about: dict, device: torch.device, restore: Callable[[dict], None]) -> None:
-    """Let `restore` take up what `save` wrote, if it is there. Raise ValueError if it is another run's, or can't be read."""
+    """Let `restore` take up what `save` wrote, if it is there. Raise ValueError if it is another run's or broken."""
     if not path.exists():
         return
     with reading("checkpoint", path, "be a file that `train` wrote"):
         state = torch.load(path, weights_only=True, map_location=device)
         for name, value in about.items():
             there = state["about"].get(name)
-            require(there == value, "checkpoint", f"{path} of a run with {name} {there!r}", f"of this run, with {value!r}")
+            require(there == value, "checkpoint", f"{path} of a run with {name} {there!r}",
+                    f"of this run, with {value!r}")
         restore(state)

@@ -1,8 +1,9 @@
-"""What the benchmark times: floors, our training step, and the ordinary one, all from the same weights on the same tensors.
+"""What the benchmark times: floors, our training step and the ordinary one, from the same weights on the same tensors.
 
-A contestant has `step(x)`: one training step on a batch. Those that train have `n_dead()` and `trained()` too. There are
-four cases: "topk" with nothing dead, "auxk" with one latent in twenty dead and AuxK at work on them, "relu" with an L1 penalty as
-training begins, with half of the latents active, and "relu_few" with k of them active, as in training's later part.
+A contestant has `step(x)`: one training step on a batch. Those that train have `n_dead()` and `trained()` too. There
+are four cases: "topk" with nothing dead, "auxk" with one latent in twenty dead and AuxK at work on them, "relu" with an
+L1 penalty as training begins, with half of the latents active, and "relu_few" with k of them active, as in training's
+later part.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saelib import native, runs, sources, subjects, train
+from saelib import native, sources, subjects
+from saelib.auto import pick_path, pick_precision
+from saelib.loop import BETAS, EPS, Loop
 from saelib.methods import METHODS, Method, keep_largest
 from saelib.sae import SAE
 
@@ -45,7 +48,8 @@ class Setting:
 
     def batches(self, n: int = 4) -> list[Tensor]:
         """n batches [batch_size, d_model] from a dictionary with power-law frequencies, of unit norm."""
-        made = sources.synthetic(n * self.batch_size, d_model=self.d_model, n_features=4 * self.d_model, l0=min(32.0, self.d_model / 4))
+        made = sources.synthetic(n * self.batch_size, d_model=self.d_model, n_features=4 * self.d_model,
+                                 l0=min(32.0, self.d_model / 4))
         return [x.to(self.device) for x in made.shards[0].split(self.batch_size)]
 
     def start(self, case: str) -> SAE:
@@ -70,11 +74,11 @@ class Floor:
 
 
 class Ours:
-    """`train.Loop.one`: what `fit` does for each batch."""
+    """`loop.Loop.one`: what `fit` does for each batch."""
 
     def __init__(self, setting: Setting, case: str, path: str = "sparse", precision: str = "fp32", lr: float = LR):
         self.sae, self.path, self.precision = setting.start(case), path, precision
-        self.loop = train.Loop(self.sae, lr, DEAD_AFTER, AUXK_COEF, setting.k_aux, 0.0)
+        self.loop = Loop(self.sae, lr, DEAD_AFTER, AUXK_COEF, setting.k_aux, 0.0)
         if case == "auxk":
             self.loop.tokens_since_fired[::DEAD_EVERY] = LONG_DEAD
 
@@ -91,13 +95,13 @@ class Ours:
 class Plain:
     """The ordinary loop: dense latents, autograd, torch's Adam; under bf16 autocast on a GPU.
 
-    The same work as ours, term by term: squared error, AuxK or L1, tokens since a latent fired, the part of the decoder's
-    gradient that is parallel to its rows, clipping, Adam, unit rows.
+    The same work as ours, term by term: squared error, AuxK or L1, tokens since a latent fired, the part of the
+    decoder's gradient that is parallel to its rows, clipping, Adam, unit rows.
     """
 
     def __init__(self, setting: Setting, case: str, lr: float = LR):
         self.sae, self.case, self.k_aux = setting.start(case), case, setting.k_aux
-        self.adam = torch.optim.Adam(self.sae.parameters(), lr=lr, betas=train.BETAS, eps=train.EPS)
+        self.adam = torch.optim.Adam(self.sae.parameters(), lr=lr, betas=BETAS, eps=EPS)
         self.since = torch.zeros(setting.n_latents, dtype=torch.int64, device=setting.device)
         if case == "auxk":
             self.since[::DEAD_EVERY] = LONG_DEAD
@@ -116,7 +120,8 @@ class Plain:
         if dead.any():
             residual = residual.detach()
             residual_hat = keep_largest(torch.where(dead, pre_acts, -torch.inf), self.k_aux) @ sae.W_dec
-            loss = loss + AUXK_COEF * (residual_hat - residual).pow(2).sum() / (residual - residual.mean(0)).pow(2).sum()
+            auxk = (residual_hat - residual).pow(2).sum() / (residual - residual.mean(0)).pow(2).sum()
+            loss = loss + AUXK_COEF * auxk
         return loss
 
     def step(self, x: Tensor) -> None:
@@ -137,14 +142,15 @@ class Plain:
 
 
 def floors(setting: Setting) -> dict[tuple[str, str], Callable[[], Floor]]:
-    """("floor", name) -> what makes it. Products write into memory that is there: a fresh output costs a third of the product."""
+    """("floor", name) -> what makes it. Products write into memory that is there: fresh would cost a third more."""
     sae, x = setting.start("topk").requires_grad_(False), setting_batch(setting)
     dtype = torch.bfloat16 if setting.device == "cuda" else torch.float32
 
     @cache
     def product(dtype: torch.dtype) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         out = torch.empty(setting.batch_size, setting.n_latents, dtype=dtype, device=setting.device)
-        weight, bias, cast = sae.W_enc.to(dtype).t(), sae.b_enc.to(dtype), cache(lambda x: x.to(dtype))  # the product alone is timed
+        # the product alone is timed
+        weight, bias, cast = sae.W_enc.to(dtype).t(), sae.b_enc.to(dtype), cache(lambda x: x.to(dtype))
         return out, lambda x: torch.addmm(bias, cast(x), weight, out=out)
 
     def top_k() -> Callable[[Tensor], object]:
@@ -152,7 +158,8 @@ def floors(setting: Setting) -> dict[tuple[str, str], Callable[[], Floor]]:
         fill(x)
         return lambda _: out.topk(setting.k, dim=1, sorted=False)
 
-    made = {"GEMM fp32": lambda: product(torch.float32)[1], "GEMM bf16": lambda: product(torch.bfloat16)[1], "top-k alone": top_k,
+    made = {"GEMM fp32": lambda: product(torch.float32)[1], "GEMM bf16": lambda: product(torch.bfloat16)[1],
+            "top-k alone": top_k,
             "fused Adam alone": lambda: fused_adam(setting), "copy of the batch": lambda: torch.empty_like(x).copy_}
     if setting.device == "cuda":
         made.pop("GEMM fp32")
@@ -170,16 +177,18 @@ def fused_adam(setting: Setting) -> Callable[[Tensor], None]:
     sae = setting.start("topk")
     for parameter in sae.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
-    adam = torch.optim.Adam(sae.parameters(), lr=LR, betas=train.BETAS, eps=train.EPS, fused=True)
+    adam = torch.optim.Adam(sae.parameters(), lr=LR, betas=BETAS, eps=EPS, fused=True)
     return lambda x: adam.step()
 
 
-def ours(setting: Setting, case: str, lr: float = LR, paths: tuple[str, ...] = ("sparse",)) -> dict[tuple[str, str], Callable[[], Ours]]:
-    """(case, name) -> what makes it, on these paths, in every precision that this machine has; the dense twin in one."""
+def ours(setting: Setting, case: str, lr: float = LR,
+         paths: tuple[str, ...] = ("sparse",)) -> dict[tuple[str, str], Callable[[], Ours]]:
+    """(case, name) -> what makes it, on these paths, in each precision that this machine has; the dense twin in one."""
     def make(path: str, precision: str) -> Callable[[], Ours]:
         return lambda: Ours(setting, case, path, precision, lr)
 
-    precisions = ["fp32"] * (setting.device == "cpu") + ["bf16"] * (subjects.fast_dtype(setting.device) == torch.bfloat16)
+    has_bf16 = subjects.fast_dtype(setting.device) == torch.bfloat16
+    precisions = ["fp32"] * (setting.device == "cpu") + ["bf16"] * has_bf16
     return {(case, name_of(path, precision)): make(path, precision)
             for path in paths for precision in (precisions[:1] if path == "dense" else precisions)}
 
@@ -195,9 +204,10 @@ def plain(setting: Setting, case: str, lr: float = LR) -> dict[tuple[str, str], 
 
 
 def auto(setting: Setting, case: str = "topk") -> tuple[str, str]:
-    """Path and precision that `fit` would choose at this size, by the rules of `runs`."""
+    """Path and precision that `fit` would choose at this size, by the rules of `saelib.auto`."""
     W_enc = torch.empty(setting.n_latents, setting.d_model, device="meta")
-    return runs.pick_path("auto", setting.device, setting.method(case), W_enc), runs.pick_precision("auto", setting.device, W_enc.numel())
+    path = pick_path("auto", setting.device, setting.method(case), W_enc)
+    return path, pick_precision("auto", setting.device, W_enc.numel())
 
 
 def chosen(setting: Setting) -> dict[tuple[str, str], Callable[[], Ours]]:

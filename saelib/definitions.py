@@ -4,8 +4,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def normalized_mses(x: Float[Tensor, "n_tokens d_model"], x_hat: Float[Tensor, "n_tokens d_model"], mean: Float[Tensor, " d_model"],
-                    batch_size: int = 256) -> dict[str, float]:
+def normalized_mses(x: Float[Tensor, "n_tokens d_model"], x_hat: Float[Tensor, "n_tokens d_model"],
+                    mean: Float[Tensor, " d_model"], batch_size: int = 256) -> dict[str, float]:
     """One reconstruction under six definitions.
 
     Args:
@@ -22,8 +22,10 @@ def normalized_mses(x: Float[Tensor, "n_tokens d_model"], x_hat: Float[Tensor, "
     x, x_hat, mean = x.double(), x_hat.double(), mean.double()
     error = x - x_hat
     squared, about_mean = error.pow(2), (x - mean).pow(2)
-    n_batches = max(1, len(x) // batch_size)  # of one size but for one token: a last batch of one would have no variance
-    batches = [(e.sum(), (b - b.mean(0)).pow(2).sum()) for e, b in zip(squared.tensor_split(n_batches), x.tensor_split(n_batches))]
+    # of one size but for one token: a last batch of one would have no variance
+    n_batches = max(1, len(x) // batch_size)
+    batches = [(e.sum(), (b - b.mean(0)).pow(2).sum())
+               for e, b in zip(squared.tensor_split(n_batches), x.tensor_split(n_batches))]
     values = {
         "ours": squared.sum() / about_mean.sum(),
         "energy": squared.sum() / x.pow(2).sum(),

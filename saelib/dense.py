@@ -1,9 +1,10 @@
 """The path of a ReLU autoencoder: the dense latents, in as few passes over them as they allow.
 
-How many latents are active is not known before they are computed, and changes in training: half of them at the start, few at the
-end. While many are, four more matrix products follow. Once few are, the active ones are multiplied one by one (see
-`saelib.pairs`), which computes the same and costs less. Where it is asked for, `saelib.native` serves the shares between, unless the CPU
-multiplies faster than it can skip. The plain twin of all is `SAE.forward` with `path="dense"`, which leaves the gradients to autograd.
+How many latents are active is not known before they are computed, and changes in training: half of them at the start,
+few at the end. While many are, four more matrix products follow. Once few are, the active ones are multiplied one by
+one (see `saelib.pairs`), which computes the same and costs less. Where it is asked for, `saelib.native` serves the
+shares between, unless the CPU multiplies faster than it can skip. The plain twin of all is `SAE.forward` with
+`path="dense"`, which leaves the gradients to autograd.
 """
 import math
 
@@ -12,11 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelib import native, pairs
+from saelib.checks import first_derivative_only
 from saelib.products import cpu_has, linear
 
-FEW = 24  # latents for each active one from which one by one is cheaper: in bfloat16 about there, in float32 a little earlier
+# With this many latents for each active one, or more, going through the active ones costs less than a product of
+# matrices: measured in bfloat16; in float32 a little fewer are enough.
+FEW = 24
 FEW_COMPILED = 80  # the same where the other way is `saelib.native`
-FEW_ON_TILES = 64  # the same where the CPU multiplies matrices of bfloat16 in tiles (AMX), and too fast for any other way
+# the same where the CPU multiplies matrices of bfloat16 in tiles (AMX), and too fast for any other way
+FEW_ON_TILES = 64
 FEW_WANTED = 3  # the same for its product of which only the active entries are wanted
 SAMPLE = 64  # tokens on which the share is counted
 GROUP = 8  # latents whose maximum is looked at first
@@ -34,7 +39,7 @@ class Scratch(dict):
 
 
 def few_active(latents: Float[Tensor, "batch n_latents"], few: float = FEW) -> bool:
-    """Whether one by one is cheaper, by the share of active latents of the first tokens. On a GPU products are cheap."""
+    """Whether one by one is cheaper, by the share of active latents in a sample. On a GPU products are cheap."""
     sample = latents[:SAMPLE]
     return not latents.is_cuda and few * int((sample > 0).sum()) < sample.numel()
 
@@ -82,13 +87,15 @@ class _Many(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_x_hat, grad_latents):
+        first_derivative_only("a sparse path, unlike path='dense',")
         centred, W_enc, encoder, decoder, latents = ctx.saved_tensors
         cast_grad = grad_x_hat.to(latents.dtype)
         grad = masked_product(latents, cast_grad, decoder, grad_latents, ctx.scratch)
         grad_b_enc = grad.sum(0).to(W_enc.dtype)
         grad_W_enc, grad_W_dec = (grad.t() @ centred).to(W_enc.dtype), (latents.t() @ cast_grad).to(W_enc.dtype)
         grad_x = (grad @ encoder).to(W_enc.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_x_hat.sum(0) - grad_b_enc @ W_enc, grad_W_enc, grad_b_enc, grad_W_dec, None, None, None, None, None
+        grad_b_pre = grad_x_hat.sum(0) - grad_b_enc @ W_enc
+        return grad_x, grad_b_pre, grad_W_enc, grad_b_enc, grad_W_dec, None, None, None, None, None
 
 
 class _Few(torch.autograd.Function):
@@ -105,15 +112,18 @@ class _Few(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_x_hat, grad_latents):
+        first_derivative_only("a sparse path, unlike path='dense',")
         (centred, W_enc, W_dec, values), active = ctx.saved_tensors, ctx.active
-        grad, grad_W_enc, grad_b_enc, grad_W_dec = active.backward(grad_x_hat.contiguous(), W_dec, grad_latents[ctx.places], centred, values)
+        grad, *weights = active.backward(grad_x_hat.contiguous(), W_dec, grad_latents[ctx.places], centred, values)
+        grad_W_enc, grad_b_enc, grad_W_dec = weights
         grad_x = active.decode(grad, W_enc) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_x_hat.sum(0) - grad_b_enc @ W_enc, grad_W_enc, grad_b_enc, grad_W_dec, None, None, None, None, None
+        grad_b_pre = grad_x_hat.sum(0) - grad_b_enc @ W_enc
+        return grad_x, grad_b_pre, grad_W_enc, grad_b_enc, grad_W_dec, None, None, None, None, None
 
 
 class _Compiled(torch.autograd.Function):
-    """The same by compiled products that pass over what is zero, however many that are. While many latents are active their gradient
-    is cheaper by a product of matrices."""
+    """The same by compiled products that pass over what is zero, however many that are. While many latents are active
+    their gradient is cheaper by a product of matrices."""
 
     @staticmethod
     def forward(ctx, x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch, kind):
@@ -123,17 +133,20 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_x_hat, grad_latents):
+        first_derivative_only("a sparse path, unlike path='dense',")
         centred, W_enc, W_dec, latents = ctx.saved_tensors
         grad_x_hat = grad_x_hat.contiguous()
         product = native.masked_product if few_active(latents, FEW_WANTED) else masked_product
         grad = product(latents, grad_x_hat.to(latents.dtype), W_dec.to(latents.dtype), grad_latents, ctx.scratch)
         grad_b_enc = grad.sum(0).to(W_enc.dtype)
         grad_x = native.decode(grad, W_enc) if ctx.needs_input_grad[0] else None
-        return (grad_x, grad_x_hat.sum(0) - grad_b_enc @ W_enc, native.sum_tokens(grad, centred), grad_b_enc,
-                native.sum_tokens(latents, grad_x_hat), None, None, None, None, None)
+        grad_b_pre, grad_W_enc = grad_x_hat.sum(0) - grad_b_enc @ W_enc, native.sum_tokens(grad, centred)
+        grad_W_dec = native.sum_tokens(latents, grad_x_hat)
+        return grad_x, grad_b_pre, grad_W_enc, grad_b_enc, grad_W_dec, None, None, None, None, None
 
 
-def relu(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[Tensor, "n_latents d"], b_enc: Float[Tensor, " n_latents"],
+def relu(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[Tensor, "n_latents d"],
+         b_enc: Float[Tensor, " n_latents"],
          W_dec: Float[Tensor, "n_latents d"], precision: str = "fp32", scratch: Scratch | None = None,
          compiled: bool = False) -> tuple[Tensor, Tensor]:
     """A whole ReLU autoencoder. Differentiable in all five tensors.

@@ -11,25 +11,31 @@ from safetensors import SafetensorError
 
 from saelib.checks import require
 
-DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, UnpicklingError, EOFError, OSError, LookupError, TypeError, AttributeError, RuntimeError)
+DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, UnpicklingError, EOFError, OSError, LookupError,
+          TypeError, AttributeError, RuntimeError)
 
 
 def write_whole(files: dict[Path, Callable[[Path], object]]) -> None:
-    """Let each function write its file beside its place, and move them there once all are whole. What was there before stays until then.
+    """Let each function write its file beside its place, and move them there once all are whole. What was there before
+    stays until then.
 
-    The last file is the one that says what the others are. It goes first and comes last: a kill between two moves leaves no set without one that
-    looks whole, and the next call finds by its partial file that this was so, and goes on.
+    The last file describes the others. It is deleted before any is replaced, and put in place after all: so a kill in
+    between leaves a set without its description, and never one that looks whole. The next call knows of it by the
+    partial file that is left over, and writes them all again.
 
     Raises:
         ValueError: some of them are there and some are not: those belong to something else.
     """
     there, last = [path for path in files if path.exists()], list(files)[-1]
     if there and not any(last.parent.glob(f"{last.name}.*.partial")):
-        require(len(there) == len(files), "folder", str(there[0].parent), f"another one: {there[0].name} lies there, and no {' and '.join(p.name for p in files if p not in there)} with it")
+        require(len(there) == len(files), "folder", str(there[0].parent),
+                f"another one: {there[0].name} lies there, and no "
+                f"{' and '.join(p.name for p in files if p not in there)} with it")
     partials = {path: path.with_name(f"{path.name}.{uuid4().hex[:12]}.partial") for path in files}
     try:
         for path, write in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            with reading("folder", path.parent, "be a folder, or the name of one that can be made"):
+                path.parent.mkdir(parents=True, exist_ok=True)
             write(partials[path])
         if len(files) > 1:
             last.unlink(missing_ok=True)
@@ -54,8 +60,8 @@ def plain(value) -> object:
 
 @contextmanager
 def reading(name: str, value: str | Path, rule: str, *also: type[Exception]) -> Iterator[None]:
-    """Turn what goes wrong when a file is not what it should be into one ValueError, which names the argument, its value and the rule.
-    `also` are errors that a library raises for this kind of file."""
+    """Turn what goes wrong when a file is not what it should be into one ValueError, which names the argument, its
+    value and the rule. `also` are errors that a library raises for this kind of file."""
     try:
         yield
     except (*DAMAGE, *also) as error:

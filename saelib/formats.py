@@ -1,14 +1,15 @@
 """SAEs in the files of other libraries: written for them to load, and read from what they saved.
 
-All of them keep two matrices and two biases, under names of their own and one or the other way round. What differs in substance is
-what happens to an input first. Where a library normalises it by layer norm, that is our unit norm up to one factor,
+All of them keep two matrices and two biases, under names of their own and one or the other way round. What differs in
+substance is what happens to an input first. Where a library normalises it by layer norm, that is our unit norm up to
+one factor,
 
     LayerNorm(x) = s x',  s = sqrt(d_model - 1),  x' = (x - mean_d(x)) / ||x - mean_d(x)||,
 
-so W_enc / s, s W_dec and s b_pre make the same latents, and the same reconstruction once it is scaled back. Where it does not, an SAE of
-normalised activations is written as it is, and wants its inputs normalised there too, as `SAE.normalised` does it. dictionary_learning
-scales the decoder's rows to unit norm when it loads a ReLU SAE; training here leaves them so. In use Multi-TopK is TopK, and BatchTopK a JumpReLU
-whose threshold is the same for all latents.
+so W_enc / s, s W_dec and s b_pre make the same latents, and the same reconstruction once it is scaled back. Where it
+does not, an SAE of normalised activations is written as it is, and wants its inputs normalised there too, as
+`SAE.normalised` does it. dictionary_learning scales the decoder's rows to unit norm when it loads a ReLU SAE; training
+here leaves them so. In use Multi-TopK is TopK, and BatchTopK a JumpReLU whose threshold is the same for all latents.
 """
 import json
 from collections.abc import Callable
@@ -23,12 +24,13 @@ from saelib.files import json_of, reading, write_whole
 from saelib.normalisation import UNIT_NORM
 from saelib.sae import SAE
 
-SAELENS = "6.0.0"  # whose files are written: without a version its loader takes them for older ones, and drops their metadata
+# whose files are written: without a version its loader takes them for older ones, and drops their metadata
+SAELENS = "6.0.0"
 
 
-def build(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_pre: Tensor, method: str, sparsity: float, normalisation: str = "none",
-          n_latents: int | None = None, d_model: int | None = None) -> SAE:
-    """An SAE of these weights, both matrices with one row a latent. The sizes are what the file says of them, if it does."""
+def build(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_pre: Tensor, method: str, sparsity: float,
+          normalisation: str = "none", n_latents: int | None = None, d_model: int | None = None) -> SAE:
+    """An SAE of these weights, both matrices with one row a latent. The sizes are what the file says, if it does."""
     for name, size, own in (("n_latents", n_latents, len(W_enc)), ("d_model", d_model, W_enc.shape[1])):
         require(size in (None, own), name, size, f"{own}, as the encoder has it")
     sae = SAE(W_enc.shape[1], len(W_enc), method, sparsity, normalisation=normalisation)
@@ -40,7 +42,8 @@ def build(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_pre: Tensor, method: st
     return sae.eval()
 
 
-def scaled(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_pre: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def scaled(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_pre: Tensor,
+           scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The weights that do to `scale` times an input what these do to the input."""
     return W_enc / scale, b_enc, W_dec * scale, b_pre * scale
 
@@ -63,7 +66,8 @@ def write_saelens(sae: SAE, folder: Path, **metadata) -> None:
     scale = layer_norm_scale(sae.d_model) if is_normalised else 1.0
     W_enc, b_enc, W_dec, b_pre = weights(sae, scale)
     tensors = {"W_enc": W_enc.t().contiguous(), "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_pre}
-    about = {"architecture": kinds[key], "d_in": sae.d_model, "d_sae": sae.n_latents, "dtype": "float32", "device": "cpu",
+    about = {"architecture": kinds[key], "d_in": sae.d_model, "d_sae": sae.n_latents, "dtype": "float32",
+             "device": "cpu",
              "apply_b_dec_to_input": True, "normalize_activations": "layer_norm" if is_normalised else "none",
              "reshape_activations": "none", "metadata": metadata | {"sae_lens_version": SAELENS}}
     if kinds[key] == "topk":
@@ -71,19 +75,23 @@ def write_saelens(sae: SAE, folder: Path, **metadata) -> None:
     if kinds[key] == "jumprelu":
         tensors["threshold"] = sae.method.learnt().detach().float().cpu().expand(sae.n_latents).contiguous()
         about["metadata"]["k"] = sae.method.k
-    write_whole({folder / "sae_weights.safetensors": lambda partial: save_file(tensors, partial), folder / "cfg.json": json_of(about)})
+    write_whole({folder / "sae_weights.safetensors": lambda partial: save_file(tensors, partial),
+                 folder / "cfg.json": json_of(about)})
 
 
 def read_saelens(folder: Path) -> SAE:
     about, tensors = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
     kind, normalised = about["architecture"], about.get("normalize_activations") or "none"
     require(kind in ("topk", "standard", "jumprelu"), "architecture", kind, "'topk', 'standard' or 'jumprelu'")
-    act = about.get("activation_fn_str") or about.get("activation_fn") or ("topk" if kind == "topk" else "relu")  # until version 6 beside it
+    # until version 6 beside it
+    act = about.get("activation_fn_str") or about.get("activation_fn") or ("topk" if kind == "topk" else "relu")
     require(act in ("topk", "relu"), "activation_fn", act, "'topk' or 'relu'")
     require(not about.get("finetuning_scaling_factor"), "finetuning_scaling_factor", True, "false")
-    require(about.get("reshape_activations", "none") == "none", "reshape_activations", about.get("reshape_activations"), "'none'")
+    require(about.get("reshape_activations", "none") == "none", "reshape_activations",
+            about.get("reshape_activations"), "'none'")
     require(normalised in ("none", "layer_norm"), "normalize_activations", normalised, "'none' or 'layer_norm'")
-    W_enc, b_enc, W_dec, b_pre = tensors["W_enc"].float().t(), tensors["b_enc"].float(), tensors["W_dec"].float(), tensors["b_dec"].float()
+    W_enc_t, b_enc, W_dec, b_pre = (tensors[name].float() for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    W_enc = W_enc_t.t()
     if not about.get("apply_b_dec_to_input", True):
         b_enc = b_enc + W_enc @ b_pre
     if about.get("rescale_acts_by_decoder_norm"):  # its latents are chosen, and read, as if the decoder had unit rows
@@ -95,9 +103,11 @@ def read_saelens(folder: Path) -> SAE:
     if kind == "jumprelu":
         threshold, k = tensors["threshold"].float(), (about.get("metadata") or {}).get("k")
         is_batchtopk = bool(threshold.eq(threshold[0]).all()) and k is not None
-        require(is_batchtopk, "architecture", kind, "a BatchTopK SAE's, with one threshold for all latents and k in the metadata")
+        require(is_batchtopk, "architecture", kind, "a BatchTopK SAE's, with one threshold for all latents and k in "
+                "the metadata")
         method = "batchtopk", k
-    sae = build(*scaled(W_enc, b_enc, W_dec, b_pre, scale), *method, UNIT_NORM if normalised == "layer_norm" else "none", about.get("d_sae"), about.get("d_in"))
+    sae = build(*scaled(W_enc, b_enc, W_dec, b_pre, scale), *method,
+                UNIT_NORM if normalised == "layer_norm" else "none", about.get("d_sae"), about.get("d_in"))
     if kind == "jumprelu":
         sae.method.threshold.copy_(threshold[0])
         sae.method.n_cuts.fill_(1)
@@ -105,13 +115,15 @@ def read_saelens(folder: Path) -> SAE:
 
 
 def write_sparsify(sae: SAE, folder: Path) -> None:
-    require(sae.method.key in ("topk", "multi_topk"), "method", sae.method.key, "topk or multi_topk for the format 'sparsify'")
+    require(sae.method.key in ("topk", "multi_topk"), "method", sae.method.key,
+            "topk or multi_topk for the format 'sparsify'")
     W_enc, b_enc, W_dec, b_pre = weights(sae)
     tensors = {"encoder.weight": W_enc, "encoder.bias": b_enc, "W_dec": W_dec, "b_dec": b_pre}
     about = {"activation": "topk", "num_latents": sae.n_latents, "k": sae.method.k, "d_in": sae.d_model,
              "normalize_decoder": True, "multi_topk": False, "skip_connection": False, "transcode": False,
              "method": sae.method.key, "normalisation": sae.normalisation}  # its own multi_topk would decode 4k latents
-    write_whole({folder / "sae.safetensors": lambda partial: save_file(tensors, partial), folder / "cfg.json": json_of(about)})
+    write_whole({folder / "sae.safetensors": lambda partial: save_file(tensors, partial),
+                 folder / "cfg.json": json_of(about)})
 
 
 def read_sparsify(folder: Path) -> SAE:
@@ -120,13 +132,14 @@ def read_sparsify(folder: Path) -> SAE:
     for name in ("skip_connection", "transcode"):
         require(not about.get(name), name, about.get(name), "false: what predicts other activations is no autoencoder")
     method = about.get("method", "multi_topk" if about.get("multi_topk") else "topk")
-    return build(*(tensors[name].float() for name in ("encoder.weight", "encoder.bias", "W_dec", "b_dec")), method, about["k"],
-                 about.get("normalisation", "none"), about.get("num_latents") or None, about.get("d_in"))
+    return build(*(tensors[name].float() for name in ("encoder.weight", "encoder.bias", "W_dec", "b_dec")), method,
+                 about["k"], about.get("normalisation", "none"), about.get("num_latents") or None, about.get("d_in"))
 
 
 def write_dictionary_learning(sae: SAE, folder: Path) -> None:
     kinds = {"topk": "AutoEncoderTopK", "multi_topk": "AutoEncoderTopK", "relu": "AutoEncoder"}
-    require(sae.method.key in kinds, "method", sae.method.key, f"one of {', '.join(kinds)} for the format 'dictionary_learning'")
+    require(sae.method.key in kinds, "method", sae.method.key,
+            f"one of {', '.join(kinds)} for the format 'dictionary_learning'")
     W_enc, b_enc, W_dec, b_pre = weights(sae)
     tensors = {"encoder.weight": W_enc, "encoder.bias": b_enc, "decoder.weight": W_dec.t().contiguous()}
     trainer = {"dict_class": kinds[sae.method.key], "activation_dim": sae.d_model, "dict_size": sae.n_latents}
@@ -136,27 +149,34 @@ def write_dictionary_learning(sae: SAE, folder: Path) -> None:
     else:
         tensors["bias"] = b_pre
     about = {"trainer": trainer, "normalisation": sae.normalisation}
-    write_whole({folder / "ae.pt": lambda partial: torch.save(tensors, partial), folder / "config.json": json_of(about)})
+    write_whole({folder / "ae.pt": lambda partial: torch.save(tensors, partial),
+                 folder / "config.json": json_of(about)})
 
 
 def read_dictionary_learning(folder: Path) -> SAE:
-    about, tensors = json.loads((folder / "config.json").read_text()), torch.load(folder / "ae.pt", weights_only=True, map_location="cpu")
+    about = json.loads((folder / "config.json").read_text())
+    tensors = torch.load(folder / "ae.pt", weights_only=True, map_location="cpu")
     kind = about["trainer"]["dict_class"]
     require(kind in ("AutoEncoderTopK", "AutoEncoder"), "dict_class", kind, "'AutoEncoderTopK' or 'AutoEncoder'")
     method, b_pre = (("topk", int(tensors["k"])), "b_dec") if kind == "AutoEncoderTopK" else (("relu", 0.0), "bias")
-    return build(tensors["encoder.weight"].float(), tensors["encoder.bias"].float(), tensors["decoder.weight"].float().t(), tensors[b_pre].float(),
-                 *method, about.get("normalisation", "none"), about["trainer"].get("dict_size"), about["trainer"].get("activation_dim"))
+    return build(tensors["encoder.weight"].float(), tensors["encoder.bias"].float(),
+                 tensors["decoder.weight"].float().t(), tensors[b_pre].float(),
+                 *method, about.get("normalisation", "none"), about["trainer"].get("dict_size"),
+                 about["trainer"].get("activation_dim"))
 
 
 def write_openai(sae: SAE, folder: Path) -> None:
     key = sae.method.key
-    require(key in ("topk", "multi_topk", "relu"), "method", key, "one of topk, multi_topk, relu for the format 'openai'")
+    require(key in ("topk", "multi_topk", "relu"), "method", key,
+            "one of topk, multi_topk, relu for the format 'openai'")
     is_topk, scale = key != "relu", layer_norm_scale(sae.d_model) if key != "relu" else 1.0
     fits = UNIT_NORM if is_topk else "none"
-    require(sae.normalisation == fits, "normalisation", sae.normalisation, f"{fits!r} for a {key} SAE in the format 'openai', which always does that")
+    require(sae.normalisation == fits, "normalisation", sae.normalisation,
+            f"{fits!r} for a {key} SAE in the format 'openai', which always does that")
     W_enc, b_enc, W_dec, b_pre = weights(sae, scale)
     state = {"pre_bias": b_pre, "latent_bias": b_enc, "encoder.weight": W_enc, "decoder.weight": W_dec.t().contiguous(),
-             "stats_last_nonzero": torch.zeros(sae.n_latents, dtype=torch.long), "latents_activation_frequency": torch.ones(sae.n_latents),
+             "stats_last_nonzero": torch.zeros(sae.n_latents, dtype=torch.long),
+             "latents_activation_frequency": torch.ones(sae.n_latents),
              "latents_mean_square": torch.zeros(sae.n_latents), "activation": "TopK" if is_topk else "ReLU"}
     if is_topk:
         state["activation_state_dict"] = {"k": sae.method.k, "postact_fn": "ReLU"}
@@ -167,7 +187,8 @@ def read_openai(folder: Path) -> SAE:
     state = torch.load(folder / "autoencoder.pt", weights_only=True, map_location="cpu")
     kind = state.get("activation", "ReLU")
     require(kind in ("TopK", "ReLU"), "activation", kind, "'TopK' or 'ReLU'")
-    W_enc, b_enc, W_dec, b_pre = (state[name].float() for name in ("encoder.weight", "latent_bias", "decoder.weight", "pre_bias"))
+    names = "encoder.weight", "latent_bias", "decoder.weight", "pre_bias"
+    W_enc, b_enc, W_dec, b_pre = (state[name].float() for name in names)
     if kind == "ReLU":
         return build(W_enc, b_enc, W_dec.t(), b_pre, "relu", 0.0)
     choice, scale = state["activation_state_dict"], 1 / layer_norm_scale(W_enc.shape[1])
@@ -176,7 +197,8 @@ def read_openai(folder: Path) -> SAE:
 
 
 FORMATS = {"saelens": (write_saelens, read_saelens), "sparsify": (write_sparsify, read_sparsify),
-           "dictionary_learning": (write_dictionary_learning, read_dictionary_learning), "openai": (write_openai, read_openai)}
+           "dictionary_learning": (write_dictionary_learning, read_dictionary_learning),
+           "openai": (write_openai, read_openai)}
 
 
 def of(format: str) -> tuple[Callable[..., None], Callable[[Path], SAE]]:
@@ -191,12 +213,12 @@ def save(sae: SAE, folder: str | Path, format: str, **metadata) -> None:
         sae: the autoencoder.
         folder: made if it is not there.
         format: "saelens", "sparsify", "dictionary_learning" or "openai".
-        metadata: where the SAE belongs, as SAELens calls it: `model_name`, `hook_name`, `context_size`, `prepend_bos` and what else it
-            should keep. The other formats have no place for it.
+        metadata: where the SAE belongs, as SAELens calls it: `model_name`, `hook_name`, `context_size`, `prepend_bos`
+            and what else it should keep. The other formats have no place for it.
 
     Raises:
-        ValueError: an unknown format, an SAE or metadata that it cannot hold, a BatchTopK SAE that was never trained, or a folder
-            with another format's files of the same name. Nothing is written then.
+        ValueError: an unknown format, an SAE or metadata that it cannot hold, a BatchTopK SAE that was never trained,
+            or a folder with another format's files of the same name. Nothing is written then.
     """
     write = of(format)[0]
     require(not metadata or write is write_saelens, "format", format, f"'saelens' to keep {', '.join(metadata)}")

@@ -13,7 +13,8 @@ from saelib.runs import RunConfig
 from saelib.sweeps import sweep
 
 CONFIDENCE = 0.95
-LENGTHS = Path(__file__).parent / "rows" / "lengths.jsonl"  # what tools/lengths.py keeps, in the package, so that an installed one can draw it
+# what tools/lengths.py keeps, in the package, so that an installed one can draw it
+LENGTHS = Path(__file__).parent / "rows" / "lengths.jsonl"
 
 
 def at_l0(points: Sequence[tuple[float, float]], l0: float) -> float:
@@ -34,7 +35,8 @@ def at_l0(points: Sequence[tuple[float, float]], l0: float) -> float:
 
 
 def error_at(rows: Sequence[dict], l0: float) -> float:
-    """Normalized MSE at a wanted L0, of runs that differ in their knob alone: of the run with that k, else read between two.
+    """Normalized MSE at a wanted L0, of runs that differ in their knob alone: of the run with that k, else read between
+    two.
 
     Args:
         rows: runs of one method and one seed.
@@ -50,7 +52,8 @@ def error_at(rows: Sequence[dict], l0: float) -> float:
 
 
 def at_best_rates(rows: Sequence[dict], l0: float) -> list[dict]:
-    """Those rows that were trained at their method's best learning rate: of all that reach a wanted L0, that with the least error there.
+    """Those rows that were trained at their method's best learning rate: of all that reach a wanted L0, that with the
+    least error there.
 
     Args:
         rows: runs that differ in method, learning rate, knob and seed. The rate is chosen by the first seed alone.
@@ -68,16 +71,19 @@ def at_best_rates(rows: Sequence[dict], l0: float) -> list[dict]:
 
 
 def check_comparable(rows: Sequence[dict]) -> None:
-    """Raise ValueError unless these rows can stand on one frontier: all of one subject and one size, and those of one method alike but for
-    their knob and their seed, each pair of these once."""
+    """Raise ValueError unless these rows can stand on one frontier: all of one subject and one size, and those of one
+    method alike but for their knob and their seed, each pair of these once."""
     configs = [row["config"] for row in rows]
     for method in [None, *{config["method"] for config in configs}]:
         members = [config for config in configs if method in (None, config["method"])]
-        for name in ("subject", "n_latents") if method is None else sorted({name for config in members for name in config} - {"sparsity", "seed"}):
+        of_method = sorted({name for config in members for name in config} - {"sparsity", "seed"})
+        for name in ("subject", "n_latents") if method is None else of_method:
             values = sorted({str(config.get(name)) for config in members})
-            require(len(values) <= 1, "rows", f"of {name} {', '.join(values)} on one frontier", f"alike in it: plots.frontier(panel={name!r}) sets them apart")
+            require(len(values) <= 1, "rows", f"of {name} {', '.join(values)} on one frontier",
+                    f"alike in it: plots.frontier(panel={name!r}) sets them apart")
         pairs = [(config["sparsity"], config["seed"]) for config in members]
-        require(method is None or len(set(pairs)) == len(pairs), "rows", f"of {method} with one sparsity and seed twice", "of different runs")
+        require(method is None or len(set(pairs)) == len(pairs), "rows",
+                f"of {method} with one sparsity and seed twice", "of different runs")
 
 
 def ratios(rows: Sequence[dict], over: str, under: str) -> dict[float, dict[int, float]]:
@@ -100,7 +106,8 @@ def ratios(rows: Sequence[dict], over: str, under: str) -> dict[float, dict[int,
     frontier: dict[int, list[tuple[float, float]]] = {}
     for row in rows:
         if row["config"]["method"] == over:
-            frontier.setdefault(row["config"]["seed"], []).append((row["metrics"]["l0"], row["metrics"]["normalized_mse"]))
+            point = row["metrics"]["l0"], row["metrics"]["normalized_mse"]
+            frontier.setdefault(row["config"]["seed"], []).append(point)
     table: dict[float, dict[int, float]] = {}
     for row in rows:
         if row["config"]["method"] == under:
@@ -121,9 +128,10 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def bisect(config: RunConfig, target_l0: float, *, tolerance: float = 0.05, most: int = 12, store: Path | str | None = None,
-           device: str = "auto", progress: bool = True) -> list[dict]:
-    """Train again and again until L0 is within `tolerance` of `target_l0`, halving the bracket of the knob on a log axis.
+def bisect(config: RunConfig, target_l0: float, *, tolerance: float = 0.05, most: int = 12,
+           store: Path | str | None = None, device: str = "auto", progress: bool = True) -> list[dict]:
+    """Train again and again until L0 is within `tolerance` of `target_l0`, halving the bracket of the knob on a log
+    axis.
 
     The knob starts at `config.sparsity` and moves by a factor of 4 until the target is bracketed.
 
@@ -140,5 +148,6 @@ def bisect(config: RunConfig, target_l0: float, *, tolerance: float = 0.05, most
         if abs(l0 / target_l0 - 1) <= tolerance:
             break
         below, above = (config.sparsity, above) if l0 < target_l0 else (below, config.sparsity)
-        config = replace(config, sparsity=math.sqrt(below * above) if below and above else below / 4 if below else above * 4)
+        config = replace(config, sparsity=math.sqrt(below * above) if below and above else below / 4 if below
+                         else above * 4)
     return rows

@@ -1,7 +1,8 @@
 """The sparse path: encode, select and decode without ever forming the dense latents or their gradient.
 
-`[batch, n_latents]` latents with k non-zeros a row are kept as `values` [batch, k] beside `Active`, which knows the indices and
-the products that training needs (see `saelib.pairs`). The plain twin of it all is `SAE.forward` with `path="dense"`.
+`[batch, n_latents]` latents with k non-zeros a row are kept as `values` [batch, k] beside `Active`, which knows the
+indices and the products that training needs (see `saelib.pairs`). The plain twin of it all is `SAE.forward` with
+`path="dense"`.
 """
 from collections.abc import Callable
 
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelib.checks import first_derivative_only
 from saelib.pairs import Active, ActiveOnGPU
 from saelib.selection import has_kernels
 
@@ -21,8 +23,9 @@ def on_gpu(x: Tensor) -> bool:
 
 
 @torch.no_grad()
-def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_enc: Float[Tensor, " n_latents"], k: int,
-           precision: str = "fp32", kind: type[Active] = Active) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_enc: Float[Tensor, " n_latents"],
+           k: int, precision: str = "fp32",
+           kind: type[Active] = Active) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
     """The k largest pre-activations of each token, in no particular order.
 
     With precision "bf16" the product W_enc x is computed in bfloat16 only to name k + 25 % candidates; their
@@ -55,9 +58,10 @@ def select(x: Float[Tensor, "batch d"], W_enc: Float[Tensor, "n_latents d"], b_e
     return values, indices.gather(1, best.long())
 
 
-def choose(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype, largest: Callable) -> tuple[Tensor, Tensor]:
-    """The k largest of x W_encᵀ + b_enc as `dtype` computes them, a block of tokens at a time (see `select`). `products.linear` would gain
-    little here, and each block would take fresh memory."""
+def choose(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, dtype: torch.dtype,
+           largest: Callable) -> tuple[Tensor, Tensor]:
+    """The k largest of x W_encᵀ + b_enc as `dtype` computes them, a block of tokens at a time (see `select`).
+    `products.linear` would gain little here, and each block would take fresh memory."""
     values, indices = x.new_empty(len(x), k), torch.empty(len(x), k, dtype=torch.int32, device=x.device)
     weight, bias = W_enc.to(dtype).t(), b_enc.to(dtype)
     buffer = torch.empty(min(BLOCK_ROWS, len(x)), len(W_enc), dtype=dtype, device=x.device)
@@ -83,6 +87,7 @@ class _Autoencode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_x_hat, grad_values, _):
+        first_derivative_only("a sparse path, unlike path='dense',")
         (centred, encoder, decoder, values), active = ctx.saved_tensors, ctx.active
         grad_out = torch.zeros_like(centred) if grad_x_hat is None else grad_x_hat.to(centred.dtype).contiguous()
         grad, grad_W_enc, grad_b_enc, grad_W_dec = active.backward(grad_out, decoder, grad_values, centred, values)
@@ -92,15 +97,17 @@ class _Autoencode(torch.autograd.Function):
         return grad_x, grad_b_pre, grad_W_enc, grad_b_enc, grad_W_dec, grad_b_out, None, None, None, None
 
 
-def autoencode(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[Tensor, "n_latents d"], b_enc: Float[Tensor, " n_latents"],
-               W_dec: Float[Tensor, "n_latents d"], k: int, *, b_out: Float[Tensor, " d"] | None = None, precision: str = "fp32",
-               choice: Callable | None = None, kind: type[Active] = Active,
+def autoencode(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[Tensor, "n_latents d"],
+               b_enc: Float[Tensor, " n_latents"],
+               W_dec: Float[Tensor, "n_latents d"], k: int, *, b_out: Float[Tensor, " d"] | None = None,
+               precision: str = "fp32", choice: Callable | None = None, kind: type[Active] = Active,
                copies: dict | None = None) -> tuple[Float[Tensor, "batch d"], Float[Tensor, "batch width"], Active]:
     """A whole TopK autoencoder. Differentiable in all six tensors, and its latents may be used in a loss too.
 
     z = TopK(ReLU(W_enc (x - b_pre) + b_enc)),  x_hat = W_dec^T z + b_out
 
-    Backward: the gradient of a latent reaches its own rows only, and only where it is positive: the exact Jacobian away from ties.
+    Backward: the gradient of a latent reaches its own rows only, and only where it is positive: the exact Jacobian away
+    from ties.
 
     Args:
         x: activations.
@@ -109,16 +116,18 @@ def autoencode(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: F
         W_dec: decoder, one row a latent.
         k: how many latents to keep for each token.
         b_out: what is added to the reconstruction: b_pre, or nothing.
-        precision: "fp32", or "bf16" to select in bfloat16 (see `select`). On a GPU "bf16" is what mixed precision is elsewhere: the operands
-            of every product in bfloat16, sums and weights in float32.
-        choice: what chooses them, if not the k largest: it is given k and `best`, which returns the m largest pre-activations and
-            their latents for any m. It may keep another number of latents, the same for all tokens, and gives a latent that
-            it leaves out the value 0.
+        precision: "fp32", or "bf16" to select in bfloat16 (see `select`). On a GPU "bf16" is what mixed precision is
+            elsewhere: the operands of every product in bfloat16, sums and weights in float32.
+        choice: what chooses them, if not the k largest: it is given k and `best`, which returns the m largest
+            pre-activations and their latents for any m. It may keep another number of latents, the same for all tokens,
+            and gives a latent that it leaves out the value 0.
         kind: of `Active` (see `select`); on a GPU it is `ActiveOnGPU`.
-        copies: where copies of the weights in bfloat16 are kept from call to call, by a caller that renews them with the weights.
+        copies: where copies of the weights in bfloat16 are kept from call to call, by a caller that renews them with
+            the weights.
 
     Returns:
-        x_hat; the latents as their values (0 where a selected pre-activation was not positive), and the `Active` that places them.
+        x_hat; the latents as their values (0 where a selected pre-activation was not positive), and the `Active` that
+        places them.
 
     Paper: §2.2, Eq. (1); §2.3, Eq. (2)
     """
@@ -129,7 +138,8 @@ def autoencode(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: F
         return choice(k, best) if choice else best(k)
 
     dtype = torch.bfloat16 if precision == "bf16" and on_gpu(x) else x.dtype
-    return _Autoencode.apply(x, b_pre, W_enc, b_enc, W_dec, b_out, choose_of, ActiveOnGPU if on_gpu(x) else kind, dtype, copies)
+    return _Autoencode.apply(x, b_pre, W_enc, b_enc, W_dec, b_out, choose_of, ActiveOnGPU if on_gpu(x) else kind,
+                             dtype, copies)
 
 
 def operand(weight: Tensor, dtype: torch.dtype, copies: dict | None, name: str) -> Tensor:

@@ -3,6 +3,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelib.checks import first_derivative_only
+
 
 class _SquaredError(torch.autograd.Function):
     """mean_b ||x_b - x_hat_b||², through one tensor, the residual, which becomes the gradient in place."""
@@ -15,8 +17,7 @@ class _SquaredError(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():  # for create_graph: the residual is part of no graph, and what it adds would be missing
-            raise RuntimeError("squared_error has a first derivative only")
+        first_derivative_only("squared_error")
         residual, = ctx.saved_tensors
         slope = residual.mul_(grad * 2 / len(residual))
         return -slope if ctx.needs_input_grad[0] else None, slope
@@ -83,7 +84,8 @@ def auxk(residual: Float[Tensor, "batch d_model"], residual_hat: Float[Tensor, "
         residual_hat: ê, the dead latents' reconstruction of e, without b_pre.
 
     Returns:
-        A scalar without units: 1 for the prediction mean(e), and 0, without a gradient, where e is the same for all tokens, as it is for one.
+        A scalar without units: 1 for the prediction mean(e), and 0, without a gradient, where e is the same for all
+        tokens, as it is for one.
 
     Paper: Appendix A.2 (the auxiliary loss)
     """

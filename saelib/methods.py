@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from saelib import losses
 from saelib.checks import is_whole, require
 
-THRESHOLD_RATE = 0.1  # weight of the newest batch in BatchTopK's running mean, at least: ten steps, for a short run's cuts still fall
+DEFAULT_K = 32
+# The newest cut's weight in BatchTopK's running mean. A cut is taken from a whole batch, and varies little; in a short
+# run cuts fall to the end, and those of ten steps before would leave too few latents active.
+THRESHOLD_RATE = 0.5
 
 
 class Method(nn.Module):
@@ -19,8 +22,10 @@ class Method(nn.Module):
 
     `key`, `label`, `knob` and `grid` are data about the class: the loop, the sweeps, the figures and the tests
     read them and know no method by name. `knob` says what `sparsity` is: "k" or "l1_coef". A method that has
-    `k` keeps that many latents for each token at most, or on average. One that inherits the forward of `ReLU`, `TopK` or
-    `BatchTopK` runs on their kernels. `encoder_norm` is the length of the encoder's rows at the start. `waits` says that its step asks the device for a number, and waits for the answer.
+    `k` keeps that many latents for each token at most, or on average. One that inherits the forward of `ReLU`, `TopK`
+    or `BatchTopK` runs on their kernels. `encoder_norm` is the length of the encoder's rows at the start. `waits` says
+    that its step asks the device for a number, and waits for the answer; `warms`, that its penalty rises from 0 at
+    first.
     """
     key: ClassVar[str]
     label: ClassVar[str]
@@ -28,6 +33,7 @@ class Method(nn.Module):
     grid: ClassVar[tuple[float, ...]]
     encoder_norm: ClassVar[float] = 1.0
     waits: ClassVar[bool] = False
+    warms: ClassVar[bool] = True
 
     def __init__(self, n_latents: int, sparsity: float):
         super().__init__()
@@ -81,7 +87,8 @@ class TopK(Method):
 
     def check(self) -> None:
         if not (is_whole(self.sparsity) and 1 <= self.sparsity <= self.n_latents):
-            raise ValueError(f"sparsity is {self.sparsity!r}: k must be a whole number from 1 to n_latents = {self.n_latents}")
+            raise ValueError(f"sparsity is {self.sparsity!r}: k must be a whole number from 1 to n_latents = "
+                             f"{self.n_latents}")
 
     @property
     def k(self) -> int:
@@ -104,7 +111,7 @@ class MultiTopK(TopK):
 
     Paper: §5 (Multi-TopK)
     """
-    key, label = "multi_topk", "Multi-TopK"
+    key, label, warms = "multi_topk", "Multi-TopK", False
 
     def penalty(self, sae, x, out) -> dict[str, Tensor]:
         wide = min(4 * self.k, self.n_latents)
@@ -120,8 +127,8 @@ class BatchTopK(TopK):
 
     z = max(0, pre_acts) where pre_acts ≥ t, else 0
 
-    In training t is the (batch · k)-th largest pre-activation of the batch. After it (`SAE.eval()`), t is the running mean of
-    those, so that a token's latents do not depend on the others in its batch.
+    In training t is the (batch · k)-th largest pre-activation of the batch. After it (`SAE.eval()`), t is the running
+    mean of those, so that a token's latents do not depend on the others in its batch.
 
     Source: Bussmann et al. 2024, BatchTopK sparse autoencoders (arXiv 2412.06410), §3
     """
@@ -134,11 +141,13 @@ class BatchTopK(TopK):
 
     def learnt(self) -> Tensor:
         """t as it is after training. Raise ValueError if there was none: t = 0 would be a plain ReLU."""
-        require(bool(self.n_cuts), "method", self.key, "trained before it is used, since its threshold comes from training")
+        require(bool(self.n_cuts), "method", self.key,
+                "trained before it is used, since its threshold comes from training")
         return self.threshold
 
     def cut(self, pre_acts: Float[Tensor, "batch any"]) -> Tensor:
-        """t, if these are the largest pre-activations of each token."""
+        """The threshold t: in training the (batch · k)-th largest pre-activation of the batch, afterwards the learnt
+        one. It is enough to give each token's largest, if the batch's are among them."""
         if not self.training:
             return self.learnt()
         return pre_acts.detach().flatten().topk(self.k * len(pre_acts), sorted=False).values.min()
@@ -147,7 +156,8 @@ class BatchTopK(TopK):
     def remember(self, cut: Tensor) -> None:
         if self.training:
             self.n_cuts += 1
-            self.threshold.lerp_(cut.to(self.threshold.dtype), (1 / self.n_cuts).clamp_min(THRESHOLD_RATE))  # at first the mean of all: few steps are soon outdated
+            # latents are never negative: below 0 a cut is as good as 0
+            self.threshold.lerp_(cut.clamp_min(0).to(self.threshold.dtype), (1 / self.n_cuts).clamp_min(THRESHOLD_RATE))
 
     def forward(self, pre_acts: Float[Tensor, "batch n_latents"]) -> Float[Tensor, "batch n_latents"]:
         cut = self.cut(pre_acts)
@@ -155,7 +165,8 @@ class BatchTopK(TopK):
         return torch.relu(pre_acts).masked_fill(pre_acts < cut, 0)
 
     def select(self, k: int, best: Callable[[int], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Candidates of each token, twice as many until none is full: then what is left out lies below t."""
+        """The same choice from each token's 2k largest. A token of which all these reach t may have more that do: so
+        their number is doubled until there is none such."""
         width, is_full = k, True
         while is_full:
             width = min(2 * width, self.n_latents)
@@ -180,8 +191,8 @@ KERNELS = {ReLU.forward: "relu", TopK.forward: "largest", BatchTopK.forward: "la
 
 
 def kernel(method: Method) -> str | None:
-    """What computes its activation function beside the plain twin: "relu" is `saelib.dense`, "largest" is `saelib.kernels`, where `select`
-    chooses; None is nothing, for an activation function of its own."""
+    """What computes its activation function beside the plain twin: "relu" is `saelib.dense`, "largest" is
+    `saelib.kernels`, where `select` chooses; None is nothing, for an activation function of its own."""
     return KERNELS.get(getattr(method.forward, "__func__", None))
 
 
@@ -192,10 +203,17 @@ def find(key: str) -> type[Method]:
     return METHODS[key]
 
 
-def make(key: str, n_latents: int, sparsity: float) -> Method:
-    """The method called `key`, for n_latents latents at this `sparsity`.
+def sparsity_of(key: str, sparsity: float | None) -> float:
+    """`sparsity`, or where it is None a k of 32. Raise ValueError for a method whose knob is no k: it has no such
+    default."""
+    require(sparsity is not None or find(key).knob == "k", "sparsity", sparsity, f"an L1 coefficient for {key!r}")
+    return DEFAULT_K if sparsity is None else sparsity
+
+
+def make(key: str, n_latents: int, sparsity: float | None) -> Method:
+    """The method called `key`, for n_latents latents at this `sparsity` (see `sparsity_of`).
 
     Raises:
         ValueError: no method has that key, or the method does not take that sparsity.
     """
-    return find(key)(n_latents, sparsity)
+    return find(key)(n_latents, sparsity_of(key, sparsity))

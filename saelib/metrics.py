@@ -17,11 +17,14 @@ MATCH = 0.9  # cosine similarity above which a decoder row counts as a true feat
 
 
 def rows(x: Tensor | numpy.ndarray | Iterable) -> Iterable[Tensor]:
-    """Batches of activations, float32: a tensor or an array is cut into pieces, an iterable of such is passed on, but for what is empty."""
+    """Batches of activations, float32: a tensor or an array is cut into pieces, an iterable of such is passed on, but
+    for what is empty."""
     whole = isinstance(x, Tensor | numpy.ndarray)
-    require(whole or isinstance(x, Iterable), "x", type(x).__name__, "activations [n_tokens, d_model], or batches of them")
-    for batch in as_tensor(x).split(BATCH) if whole else map(as_tensor, x):
-        require(isinstance(batch, Tensor), "x", f"batches of {type(batch).__name__}", "batches that are tensors or arrays [batch, d_model]")
+    require(whole or isinstance(x, Iterable), "x", type(x).__name__,
+            "activations [n_tokens, d_model], or batches of them")
+    for batch in as_tensor(x, "x").split(BATCH) if whole else (as_tensor(part, "x") for part in x):
+        require(isinstance(batch, Tensor), "x", f"batches of {type(batch).__name__}",
+                "batches that are tensors or arrays [batch, d_model]")
         if len(batch):
             yield batch.float()
 
@@ -35,6 +38,14 @@ def judging(sae) -> Iterator[None]:
         yield
     finally:
         sae.train(was_training)
+
+
+def checked(mean, d_model: int) -> Tensor | None:
+    """What may be the mean of `evaluate`. Raise ValueError if it is something else."""
+    is_mean = isinstance(mean, Tensor) and mean.shape == (d_model,) and bool(mean.isfinite().all())
+    require(mean is None or is_mean, "mean", f"of shape {list(mean.shape)}" if isinstance(mean, Tensor) else mean,
+            f"None, or finite numbers of shape [d_model = {d_model}]")
+    return mean
 
 
 @torch.no_grad()
@@ -52,21 +63,23 @@ def evaluate(sae, x: Tensor | numpy.ndarray | Iterable, mean: Tensor | numpy.nda
         mean: what the trivial predictor says, the mean of the TRAINING activations; the mean of `x` if None.
 
     Returns:
-        `normalized_mse`, `explained_variance`, `l0` (mean number of active latents a token), `l0_most` (their number in the token that has most), `l1` (mean sum of the
-        latents a token), `dead_fraction` (latents that fire on none of these tokens), `short_fraction` (tokens with
-        fewer active latents than the method's k; 0 without a k), `n_tokens` (how many were judged). The first two are NaN where there is nothing to explain.
+        `normalized_mse`, `explained_variance`, `l0` (mean number of active latents a token), `l0_most` (their number in
+        the token that has most), `l1` (mean sum of the latents a token), `dead_fraction` (latents that fire on none of
+        these tokens: compare it between evaluations on equally many), `short_fraction` (tokens with fewer active
+        latents than the method's k; 0 without a k), `n_tokens` (how many were judged). The first two are NaN where
+        there is nothing to explain.
 
     Raises:
-        ValueError: no tokens, a wrong shape, activations that are not finite, or not normalised as the SAE's were (see `SAE.normalised`).
+        ValueError: no tokens, a wrong shape, activations that are not finite, or not normalised as the SAE's were (see
+            `SAE.normalised`).
 
     Paper: §2.1 (normalized MSE), §2.4 (dead latents)
     """
     require(isinstance(sae, torch.nn.Module), "sae", type(sae).__name__, "an SAE")
     device = sae.W_dec.device
-    n_tokens, n_short, active, most, l1, fired = 0, 0, 0, 0, 0.0, torch.zeros(sae.n_latents, dtype=torch.bool, device=device)
-    scratch, mean = dense.Scratch(), as_tensor(mean)
-    is_mean = isinstance(mean, Tensor) and mean.shape == (sae.d_model,) and bool(mean.isfinite().all())
-    require(mean is None or is_mean, "mean", f"of shape {list(mean.shape)}" if isinstance(mean, Tensor) else mean, f"None, or finite numbers of shape [d_model = {sae.d_model}]")
+    n_tokens, n_short, active, most, l1 = 0, 0, 0, 0, 0.0
+    fired = torch.zeros(sae.n_latents, dtype=torch.bool, device=device)
+    scratch, mean = dense.Scratch(), checked(as_tensor(mean, "mean"), sae.d_model)
     sums = {name: torch.zeros(sae.d_model, dtype=torch.float64, device=device) for name in ("x", "x²", "e", "e²")}
     for batch in rows(x):
         batch = batch.to(device)
@@ -75,7 +88,8 @@ def evaluate(sae, x: Tensor | numpy.ndarray | Iterable, mean: Tensor | numpy.nda
         with judging(sae):
             out = sae.run(batch, scratch=scratch)
         error, l0 = (batch - out.x_hat).double(), (out.latents != 0).sum(1)
-        n_tokens, active, most, l1 = n_tokens + len(batch), active + l0.sum(), l0.max().clamp_min(most), l1 + out.latents.sum(dtype=torch.float64)
+        n_tokens, active, most = n_tokens + len(batch), active + l0.sum(), l0.max().clamp_min(most)
+        l1 += out.latents.sum(dtype=torch.float64)
         n_short += (l0 < getattr(sae.method, "k", 0)).sum()
         fired |= out.fired()
         for name, value in (("x", batch.double()), ("e", error)):
@@ -90,12 +104,14 @@ def evaluate(sae, x: Tensor | numpy.ndarray | Iterable, mean: Tensor | numpy.nda
     centre = mean_x if mean is None else mean.to(device).double()
     about_centre = (sums["x²"] - 2 * centre * sums["x"] + n_tokens * centre**2).sum()
     about_mean = (sums["x²"] - n_tokens * mean_x**2).sum()
+    unexplained = (sums["e²"] - n_tokens * mean_e**2).sum()
     rounding = 1e-12 * sums["x²"].sum()  # of activations that do not differ, this is left
     return {
         "normalized_mse": float(sums["e²"].sum() / about_centre) if about_centre > rounding else nan,
-        "explained_variance": float(1 - (sums["e²"] - n_tokens * mean_e**2).sum() / about_mean) if about_mean > rounding else nan,
+        "explained_variance": float(1 - unexplained / about_mean) if about_mean > rounding else nan,
         "l0": float(active / n_tokens), "l0_most": float(most), "l1": float(l1 / n_tokens),
-        "dead_fraction": float(1 - fired.float().mean()), "short_fraction": float(n_short / n_tokens), "n_tokens": n_tokens,
+        "dead_fraction": float(1 - fired.float().mean()), "short_fraction": float(n_short / n_tokens),
+        "n_tokens": n_tokens,
     }
 
 
@@ -120,4 +136,5 @@ def recovery(W_dec: Float[Tensor, "n_latents d_model"], truth: Float[Tensor, "n_
     cosine = (truth @ W_dec.t()).cpu()
     features, rows = linear_sum_assignment(cosine.numpy(), maximize=True)
     n_found = int((cosine[features, rows] > MATCH).sum())
-    return {"mean_max_cosine": float(cosine.max(1).values.mean()), "precision": n_found / len(W_dec), "recall": n_found / len(truth)}
+    return {"mean_max_cosine": float(cosine.max(1).values.mean()), "precision": n_found / len(W_dec),
+            "recall": n_found / len(truth)}

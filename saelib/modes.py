@@ -7,7 +7,7 @@ import torch
 
 @contextmanager
 def own_modes() -> Iterator[None]:
-    """Gradients, and the precision that was asked for, whatever the caller has switched off or on for code of its own."""
+    """Gradients on, and autocast off, whatever mode the caller is in: `no_grad`, `inference_mode` or `autocast`."""
     autocasts = [torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     with ExitStack() as modes:
         for mode in (torch.inference_mode(False), torch.enable_grad(), *autocasts):

@@ -37,8 +37,10 @@ def normalise(x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_mod
     Paper: §2.1
     """
     x, (size, mean) = x.float(), size_and_mean(x)
-    constant = size <= 4 * torch.finfo(x.dtype).eps * x.norm(dim=-1, keepdim=True)  # what is left of such a vector is rounding, and would get unit norm
-    return ((x - mean) / size.masked_fill(constant, 1)).masked_fill(constant, 0)  # no division by 0, whose gradient would outlive the mask
+    # what is left of such a vector is rounding, and would get unit norm
+    constant = size <= 4 * torch.finfo(x.dtype).eps * x.norm(dim=-1, keepdim=True)
+    # no division by 0, whose gradient would outlive the mask
+    return ((x - mean) / size.masked_fill(constant, 1)).masked_fill(constant, 0)
 
 
 def check_normalised(name: str, x: Float[Tensor, "batch d_model"], normalisation: str, rule: str) -> None:
@@ -46,4 +48,5 @@ def check_normalised(name: str, x: Float[Tensor, "batch d_model"], normalisation
     if normalisation == UNIT_NORM:
         norm = x.float().norm(dim=1)
         wrong = norm[(norm > 0) & ((norm - 1).abs() > TOLERANCE)]
-        require(not len(wrong), name, f"with a vector of norm {float(wrong[:1].sum()):.3g}", f"{rule}, for the normalisation is {normalisation!r}")
+        require(not len(wrong), name, f"with a vector of norm {float(wrong[:1].sum()):.3g}",
+                f"{rule}, for the normalisation is {normalisation!r}")

@@ -14,8 +14,10 @@ import torch
 from saelib import methods, native, subjects, texts
 
 PACKAGE = Path(__file__).parent
-DECIDING = ("auxk", "cache", "checkpoints", "checks", "dense", "files", "graphs", "kernels", "losses", "methods", "metrics", "modes", "native", "normalisation", "origin", "pairs", "products", "runs", "sae", "selection",
-            "sources", "subjects", "texts", "train", "triton_adam", "triton_kernels", "triton_select", "variants")
+DECIDING = ("auto", "auxk", "cache", "checkpoints", "checks", "dense", "files", "graphs", "kernels", "loop", "losses",
+            "methods", "metrics", "modes", "native", "normalisation", "origin", "pairs", "products", "runs", "sae",
+            "selection", "sources", "subjects", "texts", "train", "triton_adam", "triton_kernels", "triton_select",
+            "variants")
 
 
 @cache
@@ -31,7 +33,9 @@ def code_hash() -> str:
 
 def hardware(device: str) -> str:
     """What computes there, in words."""
-    return torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU {torch.backends.cpu.get_cpu_capability()}"
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU {torch.backends.cpu.get_cpu_capability()}"
 
 
 @cache
@@ -52,22 +56,25 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+                platform.processor() or platform.machine())
 
 
 def commit() -> str:
     """The commit of the clone that this package lies in, or "unknown": installed, or without git."""
+    def git(*what: str) -> str:
+        return subprocess.run(["git", "rev-parse", *what], cwd=PACKAGE, capture_output=True, text=True).stdout.strip()
+
     try:
-        top, head = (subprocess.run(["git", "rev-parse", *what], cwd=PACKAGE, capture_output=True, text=True).stdout.strip()
-                     for what in (["--show-toplevel"], ["--short=12", "HEAD"]))
+        top, head = git("--show-toplevel"), git("--short=12", "HEAD")
     except OSError:
         return "unknown"
     return head if top and Path(top) == PACKAGE.parent else "unknown"
 
 
 def data_inputs(config) -> list:
-    """What decides activations and may change under the same name outside saelib: local files that are the subject or the
-    text, by name, size and time, and the interpreter whose library is the text."""
+    """What decides activations and may change under the same name outside saelib: local files that are the subject or
+    the text, by name, size and time, and the interpreter whose library is the text."""
     parts = [platform.python_version()]
     for name in sorted({config.subject, config.text} - {None, *subjects.BUILT_IN, *texts.STDLIB_TEXTS}):
         files = [p for p in texts.files_of(Path(name)) if p.is_file()]
@@ -76,8 +83,8 @@ def data_inputs(config) -> list:
 
 
 def inputs(config) -> str:
-    """A hash of what decides a row's numbers and may change under the same name outside saelib: `data_inputs`, and a method that is defined
-    elsewhere, its bases and their files."""
+    """A hash of what decides a row's numbers and may change under the same name outside saelib: `data_inputs`, and a
+    method that is defined elsewhere, its bases and their files."""
     parts = data_inputs(config)
     for kind in methods.find(config.method).__mro__:
         package, _, module = kind.__module__.partition(".")
@@ -87,7 +94,8 @@ def inputs(config) -> str:
 
 
 def sources_of(kind: type) -> list[str]:
-    """What a class consists of: the file that defines it, and, where that is no file or has changed since, its functions and plain values."""
+    """What a class consists of: the file that defines it, and, where that is no file or has changed since, its
+    functions and plain values."""
     path = getattr(sys.modules.get(kind.__module__), "__file__", None)
     parts = [Path(path).read_text("utf8")] if path and Path(path).is_file() else []
     for name, value in vars(kind).items():
@@ -103,5 +111,6 @@ def sources_of(kind: type) -> list[str]:
 
 
 def instructions(code: CodeType) -> tuple:
-    """What a function does, as far as can be said without its source: its instructions, and the names and constants in them."""
-    return code.co_code.hex(), code.co_names, [instructions(value) if isinstance(value, CodeType) else value for value in code.co_consts]
+    """What a function does, as far as can be said without its source: its instructions, names and constants."""
+    constants = [instructions(value) if isinstance(value, CodeType) else value for value in code.co_consts]
+    return code.co_code.hex(), code.co_names, constants

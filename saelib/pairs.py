@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saelib import selection
 
-with warnings.catch_warnings():  # torch says once that its CSR tensors are in beta: let it say so here, to nobody
+with warnings.catch_warnings():  # a process's first CSR tensor warns that these are in beta: make one with warnings off
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0], [], [], (0, 0))
 
@@ -28,9 +28,12 @@ class Active:
         starts: where each token begins in that row, and where the last one ends.
     """
 
-    def __init__(self, indices: Int[Tensor, "batch k"] | Int[Tensor, " pairs"], n_latents: int, starts: Int[Tensor, " bounds"] | None = None):
+    def __init__(self, indices: Int[Tensor, "batch k"] | Int[Tensor, " pairs"], n_latents: int,
+                 starts: Int[Tensor, " bounds"] | None = None):
         self.indices, self.n_latents = indices, n_latents
-        self.starts = starts if starts is not None else torch.arange(0, indices.numel() + 1, indices.shape[1], dtype=indices.dtype, device=indices.device)
+        if starts is None:
+            starts = torch.arange(0, indices.numel() + 1, indices.shape[1], dtype=indices.dtype, device=indices.device)
+        self.starts = starts
 
     @staticmethod
     def largest(values: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
@@ -45,7 +48,8 @@ class Active:
         order = torch.sort(key, stable=True).indices
         starts = torch.zeros(self.n_latents + 1, dtype=flat.dtype, device=flat.device)
         torch.cumsum(torch.bincount(flat, minlength=self.n_latents), 0, out=starts[1:])
-        tokens = torch.arange(len(lengths), dtype=flat.dtype, device=flat.device).repeat_interleave(lengths, output_size=len(flat))
+        tokens = torch.arange(len(lengths), dtype=flat.dtype, device=flat.device)
+        tokens = tokens.repeat_interleave(lengths, output_size=len(flat))
         return order, tokens[order], starts
 
     @staticmethod
@@ -53,13 +57,14 @@ class Active:
         """x - bias as `dtype`: what the products below get for tokens."""
         return (x - bias).to(dtype)
 
-    def decode(self, values: Float[Tensor, "*pairs"], rows: Float[Tensor, "n_latents d"], bias: Float[Tensor, " d"] | None = None,
-               ) -> Float[Tensor, "batch d"]:
+    def decode(self, values: Float[Tensor, "*pairs"], rows: Float[Tensor, "n_latents d"],
+               bias: Float[Tensor, " d"] | None = None) -> Float[Tensor, "batch d"]:
         """out_b = Σ_j values_bj rows[indices_bj] + bias: the sparse matrix times `rows`."""
         out = bags(rows, self.indices.reshape(-1), self.starts, values.reshape(-1))
         return out if bias is None else out.add_(bias)
 
-    def sum_tokens(self, values: Float[Tensor, "*pairs"], tokens: Float[Tensor, "batch d"]) -> Float[Tensor, "n_latents d"]:
+    def sum_tokens(self, values: Float[Tensor, "*pairs"],
+                   tokens: Float[Tensor, "batch d"]) -> Float[Tensor, "n_latents d"]:
         """out_i = Σ_b values_bi tokens_b: the transposed sparse matrix times `tokens`."""
         order, token_of, starts, *_ = self.by_latent
         return bags(tokens, token_of, starts, values.reshape(-1)[order])
@@ -74,14 +79,16 @@ class Active:
         """out_i = Σ_b values_bi."""
         return values.new_zeros(self.n_latents).index_add_(0, self.indices.reshape(-1), values.reshape(-1))
 
-    def gradients(self, grad: Float[Tensor, "*pairs"], centred: Float[Tensor, "batch d"], values: Float[Tensor, "*pairs"],
-                  grad_out: Float[Tensor, "batch d"]) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(self, grad: Float[Tensor, "*pairs"], centred: Float[Tensor, "batch d"],
+                  values: Float[Tensor, "*pairs"], grad_out: Float[Tensor, "batch d"]) -> tuple[Tensor, Tensor, Tensor]:
         """Of W_enc and b_enc, from those of the latents; of W_dec, from that of the reconstruction."""
         return self.sum_tokens(grad, centred), self.sum_latents(grad), self.sum_tokens(values, grad_out)
 
-    def backward(self, grad_out: Float[Tensor, "batch d"], decoder: Float[Tensor, "n_latents d"], grad_values: Float[Tensor, "*pairs"] | None,
-                 centred: Float[Tensor, "batch d"], values: Float[Tensor, "*pairs"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of the latents, of W_enc, b_enc and W_dec, from that of the reconstruction and what else the latents get.
+    def backward(self, grad_out: Float[Tensor, "batch d"], decoder: Float[Tensor, "n_latents d"],
+                 grad_values: Float[Tensor, "*pairs"] | None, centred: Float[Tensor, "batch d"],
+                 values: Float[Tensor, "*pairs"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of the latents, of W_enc, b_enc and W_dec, from that of the reconstruction and what else the
+        latents get.
 
         It reaches a latent only where its value is positive.
         """
@@ -100,7 +107,7 @@ def bags(rows: Tensor, indices: Tensor, starts: Tensor, weights: Tensor) -> Tens
 
 
 class ActiveOnGPU(Active):
-    """The parts of it that a step takes, with the kernels of the GPU: deterministic, and without waiting for the device."""
+    """The parts of it that a step takes, by the kernels of the GPU: deterministic, without waiting for the device."""
 
     @cached_property
     def by_latent(self) -> tuple[Tensor, ...]:

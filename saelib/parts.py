@@ -1,7 +1,7 @@
 """A TopK step taken apart: what each part computes and moves, counted, and the same part to be timed alone.
 
-The count is of the least work: every number that a part needs is read once from memory and every result written once. A part
-that gathers rows reads a row for each (token, latent) pair. Two measured rates turn counts into times:
+The count is of the least work: every number that a part needs is read once from memory and every result written once. A
+part that gathers rows reads a row for each (token, latent) pair. Two measured rates turn counts into times:
 
     predicted = max(operations / rate of the encoder's product,  bytes / rate of a large copy)
 """
@@ -21,7 +21,7 @@ COPY_FLOATS = 2**25  # 128 MiB: more than a cache holds
 
 
 class Part(NamedTuple):
-    """One part of a step: operations (a multiplication and an addition are two), bytes at least moved, and how to run it."""
+    """One part of a step: operations (to multiply and add are two), bytes at least moved, and how to run it."""
     operations: float
     bytes: float
     step: Callable[[Tensor], object]
@@ -47,11 +47,16 @@ def parts(setting: Setting) -> dict[str, Part]:
         "encoder product": Part(2 * batch * d * n, FLOAT * (batch * d + n * d), product),
         "k largest": Part(0, FLOAT * batch * n, choose),
         "decode": Part(2 * batch * k * d, gathered + FLOAT * batch * d, lambda _: active.decode(values, W_dec)),
-        "gradient of the latents": Part(2 * batch * k * d, gathered + FLOAT * batch * (d + k), lambda _: active.dot(grad, W_dec)),
-        # a radix sort passes once a byte of the key, and each time reads and writes the keys and eight bytes of their places
-        "group by latent": Part(0, key_bytes * 2 * (key_bytes + 8) * batch * k, lambda _: pairs.Active(indices, n).by_latent),
-        "decoder gradient": Part(2 * batch * k * d, gathered + FLOAT * n * d, lambda _: active.sum_tokens(values, grad)),
-        "encoder gradient": Part(2 * batch * k * d, gathered + FLOAT * n * d, lambda _: active.sum_tokens(grad_values, x)),
+        "gradient of the latents": Part(2 * batch * k * d, gathered + FLOAT * batch * (d + k),
+                                        lambda _: active.dot(grad, W_dec)),
+        # a radix sort passes once a byte of the key, and each time reads and writes the keys and eight bytes of their
+        # places
+        "group by latent": Part(0, key_bytes * 2 * (key_bytes + 8) * batch * k,
+                                lambda _: pairs.Active(indices, n).by_latent),
+        "decoder gradient": Part(2 * batch * k * d, gathered + FLOAT * n * d,
+                                 lambda _: active.sum_tokens(values, grad)),
+        "encoder gradient": Part(2 * batch * k * d, gathered + FLOAT * n * d,
+                                 lambda _: active.sum_tokens(grad_values, x)),
         "clip and unit rows": Part(12 * n * d, UPKEEP_BYTES * n * d, upkeep(setting)),
         "Adam": Part(12 * both, ADAM_BYTES * both, fused_adam(setting)),
     }
@@ -110,4 +115,5 @@ def predict(rows: list[dict], counted: dict[str, Part], product: str, copy: str)
             part = counted[row["name"]]
             by = {"operations": part.operations / rate, "bytes": part.bytes / bandwidth}
             bound = max(by, key=by.get)
-            row |= {"operations": part.operations, "bytes": part.bytes, "predicted_ms": float(f"{by[bound]:.4g}"), "bound": bound}
+            row |= {"operations": part.operations, "bytes": part.bytes, "predicted_ms": float(f"{by[bound]:.4g}"),
+                    "bound": bound}

@@ -1,7 +1,7 @@
 """Other libraries' training steps, each through the calls that it makes public, from our weights on our tensors.
 
-What cannot be made the same work is said in `differs`, and stands beside the measured figure. Each class is imported only if its
-library is installed: `pip install -e '.[peers]'`.
+What cannot be made the same work is said in `differs`, and stands beside the measured figure. Each class is imported
+only if its library is installed: `pip install -e '.[peers]'`.
 """
 import importlib.util
 import os
@@ -17,7 +17,8 @@ from saelib.sae import SAE
 
 class SAELens:
     """`SAETrainer.step`, with the sparse activations that the library offers for TopK, or without."""
-    library, distribution, differs = "sae_lens", "sae-lens", "no unit rows (it scales by their norms); AuxK not normalised"
+    library, distribution = "sae_lens", "sae-lens"
+    differs = "no unit rows (it scales by their norms); AuxK not normalised"
 
     def __init__(self, setting: Setting, case: str, lr: float = LR, sparse: bool = False):
         from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig, TopKTrainingSAE, TopKTrainingSAEConfig
@@ -27,7 +28,8 @@ class SAELens:
         if case in RELU:
             sae = StandardTrainingSAE(StandardTrainingSAEConfig(l1_coefficient=L1_COEF, **size))
         else:
-            sae = TopKTrainingSAE(TopKTrainingSAEConfig(k=setting.k, use_sparse_activations=sparse, aux_loss_coefficient=AUXK_COEF,
+            sae = TopKTrainingSAE(TopKTrainingSAEConfig(k=setting.k, use_sparse_activations=sparse,
+                                                        aux_loss_coefficient=AUXK_COEF,
                                                         rescale_acts_by_decoder_norm=not sparse, **size))
         own, self.k, self.rescaled = setting.start(case), setting.k, not sparse
         if case in RELU:
@@ -35,10 +37,13 @@ class SAELens:
         elif sparse:  # its backward pass fails on sparse activations that were scaled
             self.differs = "rows of any norm; AuxK not normalised"
         with torch.no_grad():
-            for theirs, ours in ((sae.W_enc, own.W_enc.t()), (sae.b_enc, own.b_enc), (sae.W_dec, own.W_dec), (sae.b_dec, own.b_pre)):
+            for theirs, ours in ((sae.W_enc, own.W_enc.t()), (sae.b_enc, own.b_enc), (sae.W_dec, own.W_dec),
+                                 (sae.b_dec, own.b_pre)):
                 theirs.copy_(ours)
-        config = SAETrainerConfig(total_training_samples=10**9, train_batch_size_samples=setting.batch_size, lr=lr, lr_end=lr,
-                                  device=setting.device, autocast=setting.device == "cuda", dead_feature_window=DEAD_AFTER)
+        config = SAETrainerConfig(total_training_samples=10**9, train_batch_size_samples=setting.batch_size, lr=lr,
+                                  lr_end=lr,
+                                  device=setting.device, autocast=setting.device == "cuda",
+                                  dead_feature_window=DEAD_AFTER)
         self.trainer = SAETrainer(config, sae.to(setting.device), data_provider=iter(()))
         if case == "auxk":
             self.trainer.n_forward_passes_since_fired[::DEAD_EVERY] = LONG_DEAD
@@ -53,7 +58,8 @@ class SAELens:
     def trained(self) -> SAE:
         sae = self.trainer.sae
         norm = sae.W_dec.norm(dim=1) if self.rescaled else torch.ones_like(sae.b_enc)
-        return formats.build(sae.W_enc.t() * norm[:, None], sae.b_enc * norm, sae.W_dec / norm[:, None], sae.b_dec, "topk", self.k)
+        return formats.build(sae.W_enc.t() * norm[:, None], sae.b_enc * norm, sae.W_dec / norm[:, None], sae.b_dec,
+                             "topk", self.k)
 
 
 class DictionaryLearning:
@@ -63,18 +69,20 @@ class DictionaryLearning:
     def __init__(self, setting: Setting, case: str, lr: float = LR):
         from dictionary_learning.trainers.standard import StandardTrainer
         from dictionary_learning.trainers.top_k import TopKTrainer
-        size = dict(steps=10**6, activation_dim=setting.d_model, dict_size=setting.n_latents, layer=0, lm_name="none", lr=lr, warmup_steps=1,
-                    device=setting.device)
+        size = dict(steps=10**6, activation_dim=setting.d_model, dict_size=setting.n_latents, layer=0, lm_name="none",
+                    lr=lr, warmup_steps=1, device=setting.device)
         if case in RELU:
-            self.trainer, self.differs = StandardTrainer(l1_penalty=L1_COEF, sparsity_warmup_steps=1, **size), "does not clip, nor count what fired"
+            self.trainer = StandardTrainer(l1_penalty=L1_COEF, sparsity_warmup_steps=1, **size)
+            self.differs = "does not clip, nor count what fired"
         else:
             self.trainer, self.differs = TopKTrainer(k=setting.k, auxk_alpha=AUXK_COEF, **size), ""
             self.trainer.dead_feature_threshold = DEAD_AFTER
-        own, ae, self.k, self.steps = setting.start(case), self.trainer.ae, setting.k, 1  # not 0: there it would find a median first
+        # not 0: there it would find a median first
+        own, ae, self.k, self.steps = setting.start(case), self.trainer.ae, setting.k, 1
         b_dec = ae.bias if case in RELU else ae.b_dec
         with torch.no_grad():
-            for theirs, ours in ((ae.encoder.weight, own.W_enc), (ae.encoder.bias, own.b_enc), (ae.decoder.weight, own.W_dec.t()),
-                                 (b_dec, own.b_pre)):
+            for theirs, ours in ((ae.encoder.weight, own.W_enc), (ae.encoder.bias, own.b_enc),
+                                 (ae.decoder.weight, own.W_dec.t()), (b_dec, own.b_pre)):
                 theirs.copy_(ours)
         if case == "auxk":
             self.trainer.num_tokens_since_fired[::DEAD_EVERY] = LONG_DEAD
@@ -100,11 +108,12 @@ class Sparsify:
         if setting.device == "cpu":
             os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its own switch; its decoder in Triton runs on GPUs only
         from sparsify import SparseCoder, SparseCoderConfig
-        self.coder = SparseCoder(setting.d_model, SparseCoderConfig(num_latents=setting.n_latents, k=setting.k), device=setting.device)
+        self.coder = SparseCoder(setting.d_model, SparseCoderConfig(num_latents=setting.n_latents, k=setting.k),
+                                 device=setting.device)
         own, coder = setting.start(case), self.coder
         with torch.no_grad():
-            for theirs, ours in ((coder.encoder.weight, own.W_enc), (coder.encoder.bias, own.b_enc), (coder.W_dec, own.W_dec),
-                                 (coder.b_dec, own.b_pre)):
+            for theirs, ours in ((coder.encoder.weight, own.W_enc), (coder.encoder.bias, own.b_enc),
+                                 (coder.W_dec, own.W_dec), (coder.b_dec, own.b_pre)):
                 theirs.copy_(ours)
         self.adam = torch.optim.Adam(coder.parameters(), lr=lr)
         self.since = torch.zeros(setting.n_latents, dtype=torch.int64, device=setting.device)

@@ -9,22 +9,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from saelib.checks import require
-from saelib.labels import name_ends
+from saelib.marks import LOOK, PAPER_GREY, SHADES, Points, band, look_of, name_ends, plain_log, shade
 from saelib.origin import hardware
 from saelib.subjects import pick_device
 
 STYLE = Path(__file__).with_name("book.mplstyle")
-LOOK = {"relu": ("#000000", "o"), "topk": ("#0072B2", "s"), "batchtopk": ("#009E73", "^"), "spare": ("#882255", "+")}
-SHADES = ("#332288", "#D55E00", "#7A6A00", "#882255", "#B8468F", "#7a7a7a")  # of what is no method
 PENALTY_LOOK = {"none": (SHADES[5], "x"), "L1": LOOK["relu"], "L2": (SHADES[1], "D"), "smooth 0.01": (SHADES[0], "^"),
                 "smooth 0.1": (SHADES[2], "v"), "smooth 1": (SHADES[3], "s")}
-PAPER_GREY = "#8a8a8a"
+WIDTH = 4.8  # inches of a single panel: on a phone it still fits, with labels that can be read
 ROWS_MIME = "application/vnd.saelib.rows+json"
-
-Points = list[tuple[float, list[float]]]  # x, and the y of each seed
 
 
 class Picture(Figure):
@@ -36,10 +31,14 @@ class Picture(Figure):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.numbers: list[str] = []
+        # where lines end: they are named once all panels are drawn, and share their axis
+        self.ends: list[tuple[Axes, dict[str, tuple[float, float, str]]]] = []
         self.rows: list[dict] = []  # the runs behind a frontier, for the page's interactive figure
 
     def svg(self) -> str:
         """The figure as SVG text, without a date."""
+        while self.ends:
+            name_ends(*self.ends.pop())
         with matplotlib.style.context(STYLE):
             buffer = io.StringIO()
             FigureCanvasSVG(self).print_svg(buffer, metadata={"Date": None, "Creator": None})
@@ -50,40 +49,17 @@ class Picture(Figure):
         return shown | ({ROWS_MIME: self.rows} if self.rows else {})
 
 
-def canvas(n_panels: int = 1, sharey: bool = True, height: float = 3.5) -> tuple[Picture, list[Axes]]:
+def canvas(n_panels: int = 1, sharey: bool = True, height: float = 3.2) -> tuple[Picture, list[Axes]]:
     """An empty picture with `n_panels` axes side by side."""
     with matplotlib.style.context(STYLE):
-        picture = Picture(figsize=(5.6 if n_panels == 1 else 2.2 + 2.4 * n_panels, height))
+        picture = Picture(figsize=(WIDTH if n_panels == 1 else 2.2 + 2.4 * n_panels, height))
         axes = picture.subplots(1, n_panels, sharey=sharey, squeeze=False)[0]
     return picture, list(axes)
 
 
-def plain_log(axes: Axes, x: bool = True, y: bool = True) -> None:
-    """Logarithmic axes with plain numbers on them."""
-    for wanted, set_scale, axis in ((x, axes.set_xscale, axes.xaxis), (y, axes.set_yscale, axes.yaxis)):
-        if wanted:
-            set_scale("log")
-            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1e4 else f"{value:g}"))
-            axis.set_minor_formatter(NullFormatter())
-
-
-def band(axes: Axes, points: Points, label: str, color: str, marker: str, log: bool = True) -> tuple[float, float]:
-    """Every seed's point, the line through their (geometric) means, and the band from the least to the greatest.
-    Returns the line's right end."""
-    points = sorted(points)
-    xs = [x for x, _ in points]
-    centre = [float(np.exp(np.mean(np.log(ys))) if log else np.mean(ys)) for _, ys in points]
-    axes.plot(xs, centre, color=color, label=label)
-    if max(len(ys) for _, ys in points) >= 3:
-        axes.fill_between(xs, [min(ys) for _, ys in points], [max(ys) for _, ys in points], color=color, alpha=0.15, linewidth=0)
-    for x, ys in points:
-        axes.plot([x] * len(ys), ys, marker, color=color, markerfacecolor="none" if marker in "so^Dv" else color, linestyle="none")
-    return xs[-1], centre[-1]
-
-
-def versus(series: dict[str, Points], xlabel: str, ylabel: str, *, looks: dict[str, tuple[str, str]] | None = None, title: str = "",
-           logx: bool = True, logy: bool = True, note: str = "", rule: float | None = None, axes: Axes | None = None) -> Picture:
+def versus(series: dict[str, Points], xlabel: str, ylabel: str, *, looks: dict[str, tuple[str, str]] | None = None,
+           title: str = "", logx: bool = True, logy: bool = True, note: str = "", rule: float | None = None,
+           axes: Axes | None = None) -> Picture:
     """y against x for a few labelled series, with all seeds.
 
     Args:
@@ -99,21 +75,24 @@ def versus(series: dict[str, Points], xlabel: str, ylabel: str, *, looks: dict[s
     Returns:
         The picture; its numbers list every point.
     """
-    picture, axes = (axes.figure, axes) if axes is not None else (lambda p, a: (p, a[0]))(*canvas())
+    axes = canvas()[1][0] if axes is None else axes
+    picture = axes.figure
     plain_log(axes, logx, logy)
     if rule is not None:
         axes.axhline(rule, color=PAPER_GREY, linewidth=0.8)
     ends = {}
     for i, (label, points) in enumerate(series.items()):
-        color, marker = (looks or {}).get(label, (SHADES[i % len(SHADES)], "osD^vx"[i % 6]))
+        color, marker = (looks or {}).get(label, shade(i))
         ends[label] = *band(axes, points, label, color, marker, log=logy), color
-        picture.numbers += [f"{title + ': ' if title else ''}{label}, x {x:.4g}: " + " ".join(f"{y:.4g}" for y in ys) for x, ys in sorted(points)]
+        picture.numbers += [f"{title + ': ' if title else ''}{label}, x {x:.4g}: " + " ".join(f"{y:.4g}" for y in ys)
+                            for x, ys in sorted(points)]
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.margins(x=0.12)
     at = sorted({x for points in series.values() for x, _ in points})
-    if logx and len(at) <= 6 and all(x in (int(x), float(f"{x:.1g}")) for x in at):  # a few sizes or coefficients, each with its own number
+    # a few sizes or coefficients, each with its own number
+    if logx and len(at) <= 6 and all(x in (int(x), float(f"{x:.1g}")) for x in at):
         axes.set_xticks(at)
-    name_ends(axes, ends)
+    picture.ends.append((axes, ends))
     if note:
         axes.annotate(note, (0, -0.24), xycoords="axes fraction", fontsize=7, color="#555555", va="top")
     return picture
@@ -149,28 +128,38 @@ def _note(seeds: int, tokens: Sequence[int], rest: Sequence[str]) -> str:
     return f"{seeds} seed{'s' * (seeds > 1)}, {span} training tokens each, {', '.join(rest)}"
 
 
-def frontier(rows: Sequence[dict], *, panel: str = "subject", x: str = "l0", y: str = "normalized_mse",
+def frontier(rows: Sequence[dict], *, panel: str = "subject", y: str = "normalized_mse",
              ylabel: str = "normalized MSE", logy: bool = True) -> Picture:
     """Reconstruction against sparsity: one panel for each subject (or other field of the config), one line a method.
 
     Args:
         rows: from `saelib.sweep`.
         panel: the field of the config that panels differ in.
-        x, y: metrics.
-        ylabel, logy: of the vertical axis.
+        y: the metric of the vertical axis.
+        ylabel, logy: its label, and whether it is logarithmic.
+
+    Raises:
+        ValueError: no rows, or rows that can't stand on one frontier; a panel or metric that they lack; a metric of 0
+            or less on a logarithmic axis.
     """
     from saelib.frontiers import check_comparable
-    from saelib.methods import METHODS
+    from saelib.methods import METHODS, find
+    require(len(rows) > 0, "rows", list(rows), "one row or more")
+    for name, part, there in (("panel", "config", panel), ("y", "metrics", y)):
+        require(all(there in row[part] for row in rows), name, there, f"one of {', '.join(rows[0][part])}")
+    require(not logy or all(row["metrics"][y] > 0 for row in rows), "y", y, "above 0 in every row, or logy=False")
     panels = group(rows, lambda row: row["config"][panel])
     picture, axes = canvas(len(panels), sharey=False)
     for ax, (name, members) in zip(axes, panels.items()):
         check_comparable(members)
         by_method = group(members, lambda row: row["config"]["method"])
-        series = {METHODS[m].label: points_of(rs, lambda r: r["metrics"][x], lambda r: r["metrics"][y]) for m, rs in by_method.items()}
-        looks = {METHODS[m].label: LOOK[m] for m in by_method if m in LOOK}  # others get a shade each
-        versus(series, "active latents per token, L0", ylabel if ax is axes[0] else "", looks=looks, title=str(name) if panel == "subject" else f"{panel} {name}", logy=logy, axes=ax)
+        series = {find(m).label: points_of(rs, lambda r: r["metrics"]["l0"], lambda r: r["metrics"][y])
+                  for m, rs in by_method.items()}
+        looks = {METHODS[m].label: look_of(m, [row["config"]["method"] for row in rows]) for m in by_method}
+        versus(series, "active latents per token, L0", ylabel if ax is axes[0] else "", looks=looks,
+               title=str(name) if panel == "subject" else f"{panel} {name}", logy=logy, axes=ax)
     picture.supxlabel(note_of(rows), fontsize=7, color="#555555")
-    if (x, y) == ("l0", "normalized_mse"):
+    if y == "normalized_mse":
         picture.rows = [plain_row(row) for row in rows]
     return picture
 
@@ -185,8 +174,9 @@ def plain_row(row: dict) -> dict:
 Line = tuple[Sequence[float], Sequence[float]]  # xs, and their ys
 
 
-def curves(panels: dict[str, dict[str, Line]], xlabel: str, ylabels: Sequence[str], *, looks: dict[str, tuple[str, str]] | None = None,
-           dashed: Sequence[str] = (), dots: dict[str, dict[str, Line]] | None = None, note: str = "") -> Picture:
+def curves(panels: dict[str, dict[str, Line]], xlabel: str, ylabels: Sequence[str], *,
+           looks: dict[str, tuple[str, str]] | None = None, dashed: Sequence[str] = (),
+           dots: dict[str, dict[str, Line]] | None = None, note: str = "") -> Picture:
     """Plain lines, a few labelled ones in each panel, on linear axes.
 
     Args:
@@ -206,21 +196,24 @@ def curves(panels: dict[str, dict[str, Line]], xlabel: str, ylabels: Sequence[st
     color = {label: (looks or {}).get(label, (SHADES[i % len(SHADES)], ""))[0] for i, label in enumerate(labels)}
     for axes, ylabel, (title, lines) in zip(all_axes, ylabels, panels.items()):
         for label, (xs, ys) in lines.items():
-            axes.plot(xs, ys, color=color[label], linestyle="--" if label in dashed else "-", zorder=2 + (label in dashed))
+            axes.plot(xs, ys, color=color[label], linestyle="--" if label in dashed else "-",
+                      zorder=2 + (label in dashed))
             some = range(0, len(xs), max(1, len(xs) // 8))
             picture.numbers.append(f"{title}: {label}: " + " ".join(f"({xs[i]:.4g}, {ys[i]:.4g})" for i in some))
         for label, (xs, ys) in (dots or {}).get(title, {}).items():
             axes.plot(xs, ys, "o", color=color[label], markersize=4, zorder=4)
-            picture.numbers.append(f"{title}: {label}, measured: " + " ".join(f"({x:.4g}, {y:.4g})" for x, y in zip(xs, ys)))
+            picture.numbers.append(f"{title}: {label}, measured: "
+                                   + " ".join(f"({x:.4g}, {y:.4g})" for x, y in zip(xs, ys)))
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-        name_ends(axes, {label: (xs[-1], ys[-1], color[label]) for label, (xs, ys) in lines.items()})
+        picture.ends.append((axes, {label: (xs[-1], ys[-1], color[label]) for label, (xs, ys) in lines.items()}))
     if note:
         picture.supxlabel(note, fontsize=7, color="#555555")
     return picture
 
 
 def histograms(columns: dict[str, dict[str, Sequence[float]]], xlabel: str, *, note: str = "") -> Picture:
-    """Histograms of one quantity at several moments: a column for each case, a row for each moment, what lies at or below 0 in grey.
+    """Histograms of one quantity at several moments: a column for each case, a row for each moment, what lies at or
+    below 0 in grey.
 
     Args:
         columns: case -> moment -> values.
@@ -233,7 +226,7 @@ def histograms(columns: dict[str, dict[str, Sequence[float]]], xlabel: str, *, n
     every = np.concatenate([values for moments in columns.values() for values in moments.values()])
     edges = np.arange(np.floor(every.min() * 20), np.ceil(every.max() * 20) + 1) / 20  # 0 is an edge
     with matplotlib.style.context(STYLE):
-        picture = Picture(figsize=(5.6, 1.1 + 0.9 * max(map(len, columns.values()))), layout="constrained")
+        picture = Picture(figsize=(WIDTH, 1.1 + 0.95 * max(map(len, columns.values()))), layout="constrained")
         grid = picture.subplots(max(map(len, columns.values())), len(columns), sharex=True, sharey=True, squeeze=False)
     for j, (case, moments) in enumerate(columns.items()):
         for i, (moment, values) in enumerate(moments.items()):
@@ -242,9 +235,13 @@ def histograms(columns: dict[str, dict[str, Sequence[float]]], xlabel: str, *, n
             for left, bar in zip(edges, bars):
                 bar.set_facecolor(SHADES[0] if left > -1e-9 else "#b4b4b4")
             silent = float((values <= 0).mean())
-            axes.set(yscale="log", title=case if i == 0 else "", ylabel=moment if j == 0 else "", xlabel=xlabel if i == len(moments) - 1 else "")
-            axes.text(0.02, 0.94, f"{silent:.0%} zeros", transform=axes.transAxes, va="top", fontsize=8)
-            picture.numbers.append(f"{case}, {moment}: {silent:.4f} at or below 0, mean of the others {values[values > 0].mean() if silent < 1 else 0:.4g}")
+            axes.set_title(case if i == 0 else "", loc="left")
+            axes.set(yscale="log", ylabel=moment if j == 0 else "",
+                     xlabel=xlabel if i == len(moments) - 1 else "")
+            axes.set_title(f"{silent:.0%} zeros", fontsize=8, loc="right", pad=2)
+            picture.numbers.append(f"{case}, {moment}: {silent:.4f} at or below 0, mean of the others "
+                                   f"{values[values > 0].mean() if silent < 1 else 0:.4g}")
+    picture.supylabel("share of tokens, logarithmic", fontsize=8)
     if note:
         picture.supxlabel(note, fontsize=7, color="#555555")
     return picture

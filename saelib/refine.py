@@ -36,7 +36,8 @@ def descend(gram: Float[Tensor, "batch m m"], target: Float[Tensor, "batch m"], 
         max_sweeps: at most.
 
     Returns:
-        z. Systems that still move after `max_sweeps`, as where two decoder rows nearly coincide, are solved by scipy's active-set method.
+        z. Systems that still move after `max_sweeps`, as where two decoder rows nearly coincide, are solved by scipy's
+        active-set method.
     """
     z, moving = start.clone(), torch.arange(len(start), device=start.device)
     here, slope, G = z.clone(), torch.einsum("bij,bj->bi", gram, z) - target, gram
@@ -67,7 +68,8 @@ def exact(gram: Float[Tensor, "m m"], target: Float[Tensor, " m"]) -> Float[Tens
 
 
 @torch.no_grad()
-def refine(x: Float[Tensor, "batch d_model"], latents: Float[Tensor, "batch n_latents"], W_dec: Float[Tensor, "n_latents d_model"],
+def refine(x: Float[Tensor, "batch d_model"], latents: Float[Tensor, "batch n_latents"],
+           W_dec: Float[Tensor, "n_latents d_model"],
            b_pre: Float[Tensor, " d_model"], tolerance: float = 1e-6) -> Float[Tensor, "batch n_latents"]:
     """The latents that reconstruct x best with the same support, none negative, decoder and b_pre as they are.
 
@@ -114,8 +116,10 @@ def moves(latents: Float[Tensor, "batch n_latents"], refined: Float[Tensor, "bat
     return float(difference.sum() / latents.double().sum()), float(difference.abs().sum() / latents.double().sum())
 
 
-def moves_by_fifth(latents: Float[Tensor, "batch n_latents"], refined: Float[Tensor, "batch n_latents"]) -> list[tuple[float, float]]:
-    """How refinement moved small and large latents: the active ones in five parts of equal number, by their size before.
+def moves_by_fifth(latents: Float[Tensor, "batch n_latents"],
+                   refined: Float[Tensor, "batch n_latents"]) -> list[tuple[float, float]]:
+    """How refinement moved small and large latents: the active ones in five parts of equal number, by their size
+    before.
 
     Returns:
         The mean of z and the mean of z* - z in each part, from the smallest latents to the largest.

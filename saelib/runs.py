@@ -3,7 +3,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from numbers import Real
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -12,18 +11,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from saelib import methods, metrics, native, sources, subjects
-from saelib.checks import is_whole, require
+from saelib import methods, metrics, sources, subjects
+from saelib.auto import pick_path, pick_precision
+from saelib.checks import check_number, is_whole, require
 from saelib.files import plain
 from saelib.modes import own_modes
 from saelib.origin import data_inputs, inputs, provenance
 from saelib.sae import SAE, geometric_median
-from saelib.selection import has_kernels
 from saelib.subjects import pick_device
 from saelib.train import BOUNDS, PATHS, paper_lr, train
 
 MEDIAN_ROWS = 8192
-LARGE = 2**16  # weights of an encoder from which bfloat16 and compiled parts are chosen
 SEEDS = 2**43  # from here on the numbers of a shuffle's epochs (see `Source.batches`) no longer fit
 OPTIONAL = "lr", "source_tokens", "layer", "penalty_warmup", "dead_after"  # what `resolve` fills in, or the subject
 PRECISIONS = "auto", "fp32", "bf16"
@@ -31,7 +29,18 @@ PRECISIONS = "auto", "fp32", "bf16"
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that determines one SAE, as plain values. What it leaves at None follows from the rest (see `resolve`)."""
+    """All that determines one SAE, as plain values. What it leaves at None follows from the rest (see `resolve`).
+
+    Args:
+        subject, source_tokens, layer, text: the activations (see `saelib.open_source`).
+        method, sparsity, n_latents: the autoencoder (see `SAE`).
+        n_tokens, batch_size, seed: how many tokens it is trained on, how many of them a step, and in which order.
+        lr, penalty_warmup, auxk_coef, dead_after, ema_decay: of the loop (see `train`).
+        path, precision: see `fit`.
+
+    Raises:
+        ValueError: a value breaks its rule; the message names it.
+    """
     subject: str
     method: str
     sparsity: float
@@ -55,15 +64,18 @@ class RunConfig:
             if isinstance(value, (numpy.generic, PurePath)):
                 object.__setattr__(self, name, plain(value))
         for name, kinds in (("subject", str), ("text", str | None)):
-            require(isinstance(getattr(self, name), kinds), name, type(getattr(self, name)).__name__, "a name or a path: save activations of your own as .npy to sweep over them")
-        whole = {"n_latents": 1, "n_tokens": 1, "batch_size": 1, "seed": 0, "source_tokens": 1, "layer": 1, "dead_after": 1}
+            require(isinstance(getattr(self, name), kinds), name, type(getattr(self, name)).__name__,
+                    "a name or a path: save activations of your own as .npy to sweep over them")
+        whole = {"n_latents": 1, "n_tokens": 1, "batch_size": 1, "seed": 0, "source_tokens": 1, "layer": 1,
+                 "dead_after": 1}
         for name, least in whole.items():
             value = getattr(self, name)
-            require(value is None and name in OPTIONAL or is_whole(value) and value >= least, name, value, f"a whole number, {least} or more")
+            require(value is None and name in OPTIONAL or is_whole(value) and value >= least, name, value,
+                    f"a whole number, {least} or more")
         require(self.seed < SEEDS, "seed", self.seed, f"below {SEEDS}")
-        for name, (low, high) in BOUNDS.items():
-            value = getattr(self, name)
-            require(value is None and name in OPTIONAL or isinstance(value, Real) and low <= value <= high, name, value, f"a number from {low:g} to {high:g}")
+        for name, bounds in BOUNDS.items():
+            if getattr(self, name) is not None or name not in OPTIONAL:
+                check_number(name, getattr(self, name), *bounds)
         require(self.path in ("auto", *PATHS), "path", self.path, f"one of auto, {', '.join(PATHS)}")
         require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         for name in vars(self):  # 4.0 becomes 4, so that a row of a store is found again
@@ -86,29 +98,11 @@ class Fit(NamedTuple):
     history: list[dict[str, float]]
 
 
-def pick_precision(precision: str, device: str, n_weights: int) -> str:
-    """The precision that "auto" stands for: bfloat16 where the hardware multiplies in it and the encoder has 2^16 weights
-    or more, else float32, because casting costs a small SAE more than it gains."""
-    if precision != "auto":
-        return precision
-    return "bf16" if n_weights >= LARGE and subjects.fast_dtype(device) == torch.bfloat16 else "fp32"
-
-
-def pick_path(path: str, device: str, method: methods.Method, W_enc: Tensor) -> str:
-    """The path that "auto" stands for. On a GPU with kernels it is the recorded step, where the method's can be recorded. On a CPU it is the step
-    with compiled parts where they can be compiled, for a method that chooses latents and an encoder of 2^16 weights or more: to compile takes
-    half a minute, and a small SAE is trained before that. Elsewhere it is the sparse one."""
-    if path != "auto":
-        return path
-    if has_kernels(torch.device(device)):
-        return "sparse" if method.waits else "graph"
-    gains = device == "cpu" and methods.kernel(method) == "largest" and W_enc.numel() >= LARGE and W_enc.dtype == torch.float32
-    return "native" if gains and native.available() else "sparse"
-
-
 @own_modes()
-def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", on_tokens=None, checkpoint: Path | None = None) -> Fit:
-    """Train and judge the SAE that `config` describes on an open source, your own activations too, with every setting that there is.
+def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", on_tokens=None,
+               checkpoint: Path | None = None) -> Fit:
+    """Train and judge the SAE that `config` describes on an open source, your own activations too, with every setting
+    that there is.
 
     Args:
         source: as `sources.from_tensor` or `open_source` makes it.
@@ -120,10 +114,12 @@ def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", 
     Returns:
         `Fit`, as `fit` does, which calls this.
     """
-    require(isinstance(source, sources.Source), "source", type(source).__name__, "a saelib source, as `sources.from_tensor` makes one")
+    require(isinstance(source, sources.Source), "source", type(source).__name__,
+            "a saelib source, as `sources.from_tensor` makes one")
     config, device = config.resolve(), pick_device(device)
     batch_size = min(config.batch_size, config.n_tokens)
-    sae = SAE(source.d_model, config.n_latents, config.method, config.sparsity, normalisation=source.normalisation, seed=config.seed)
+    sae = SAE(source.d_model, config.n_latents, config.method, config.sparsity, normalisation=source.normalisation,
+              seed=config.seed)
     with torch.no_grad():
         sae.b_pre.copy_(geometric_median(next(source.batches(min(MEDIAN_ROWS, source.n_tokens), 1, config.seed))))
     sae.to(device)
@@ -154,32 +150,35 @@ def fit_source(source: sources.Source, config: RunConfig, device: str = "auto", 
     return Fit(sae, measured | {"tokens_per_second": n_steps * batch_size / seconds, "seconds": seconds}, history)
 
 
-def fit(source: Tensor | numpy.ndarray | sources.Source, method: str = "topk", sparsity: float = 32, *, n_latents: int, n_tokens: int,
-        batch_size: int = 1024, lr: float | None = None, seed: int = 0, device: str = "auto", path: str = "auto",
-        precision: str = "auto", progress: bool = True) -> Fit:
+def fit(source: Tensor | numpy.ndarray | sources.Source, method: str = "topk", sparsity: float | None = None, *,
+        n_latents: int, n_tokens: int, batch_size: int = 1024, lr: float | None = None, seed: int = 0,
+        device: str = "auto", path: str = "auto", precision: str = "auto", progress: bool = True) -> Fit:
     """Train a sparse autoencoder on activations.
 
-    What is not asked for here follows from the rules of `RunConfig.resolve`: a penalty rises over the first tenth of the training, and a latent
-    counts as dead after a tenth of it. `fit_source` takes every setting.
+    What is not asked for here follows from the rules of `RunConfig.resolve`: a penalty rises over the first tenth of
+    the training, and a latent counts as dead after a tenth of it. `fit_source` takes every setting.
 
     Args:
-        source: [n_tokens, d_model] activations, a tensor or an array, used as they are; or a saelib source. Learning rates and L1 coefficients
-            of this book are for vectors of norm 1, which `sources.from_tensor(x, normalisation="unit_norm")` makes of yours.
+        source: [n_tokens, d_model] activations, a tensor or an array, used as they are; or a saelib source. Learning
+            rates and L1 coefficients of this book are for vectors of norm 1, which `sources.from_tensor(x,
+            normalisation="unit_norm")` makes of yours. The last tenth is held out: it is judged on, and not trained on.
         method: a key of `METHODS`.
-        sparsity: k for "topk", the L1 coefficient for "relu".
+        sparsity: k for "topk", 32 if None; the L1 coefficient for "relu", which has no default.
         n_latents: size of the dictionary.
         n_tokens: tokens to train on; more than the source holds means several epochs.
         batch_size: tokens a step.
         lr: peak learning rate; the paper's rule, 2e-4 sqrt(2^14 / n_latents), if None.
         seed: of the initial weights and the order of the tokens.
         device: "cpu", "cuda", or "auto".
-        path: "sparse"; "graph", which records a step on a GPU (see `saelib.graphs`); "native", compiled for a CPU (see `saelib.native`);
-            "dense"; or "auto", the fastest that there is for this SAE here (see `pick_path`).
-        precision: "fp32"; "bf16", which multiplies in bfloat16; or "auto", that for an encoder of 2^16 weights or more where the hardware does so.
+        path: "sparse"; "graph", which records a step on a GPU (see `saelib.graphs`); "native", compiled for a CPU (see
+            `saelib.native`); "dense"; or "auto", the fastest that there is for this SAE here (see `saelib.auto`).
+        precision: "fp32"; "bf16", which multiplies in bfloat16; or "auto", that for an encoder of 2^16 weights or more
+            where the hardware does so.
         progress: show a progress bar on stderr.
 
     Returns:
-        `Fit`: `.sae`, `.metrics` (held-out normalized_mse, l0, dead_fraction, explained_variance; tokens_per_second), `.history`.
+        `Fit`: `.sae`, `.metrics` (held-out normalized_mse, l0, dead_fraction, explained_variance; tokens_per_second),
+        `.history`.
 
     Raises:
         ValueError: an argument breaks its rule; the message names it.
@@ -189,8 +188,11 @@ def fit(source: Tensor | numpy.ndarray | sources.Source, method: str = "topk", s
     """
     if isinstance(source, Tensor | numpy.ndarray):
         source = sources.from_tensor(source)
-    require(isinstance(source, sources.Source), "source", type(source).__name__, "a [n_tokens, d_model] tensor or array, or a saelib source")
-    config = RunConfig(source.name, method, sparsity, n_latents, n_tokens, batch_size, lr, seed, path=path, precision=precision)
+    require(isinstance(source, sources.Source), "source", type(source).__name__,
+            "a [n_tokens, d_model] tensor or array, or a saelib source")
+    sparsity = methods.sparsity_of(method, sparsity)
+    config = RunConfig(source.name, method, sparsity, n_latents, n_tokens, batch_size, lr, seed, path=path,
+                       precision=precision)
     with tqdm(total=n_tokens, unit="tok", unit_scale=True, disable=not progress, desc=f"{method} {sparsity:g}") as bar:
         return fit_source(source.on(pick_device(device)), config, device, bar.update)
 
@@ -205,23 +207,28 @@ def open_source(config: RunConfig, device: str = "auto") -> sources.Source:
     key = config.subject, config.source_tokens, config.text, config.layer, repr(data_inputs(config)), device
     with _OPENING:
         if key not in _SOURCES:
-            _SOURCES[key] = subjects.open_source(config.subject, config.source_tokens, text=config.text, layer=config.layer, device=device).on(device)
+            _SOURCES[key] = subjects.open_source(config.subject, config.source_tokens, text=config.text,
+                                                 layer=config.layer, device=device).on(device)
         return _SOURCES[key]
 
 
-def run(config: RunConfig, device: str = "auto", on_tokens=None, checkpoint: Path | None = None, folder: Path | None = None) -> dict:
-    """One row: what was asked, what was measured, and where. With a `folder` the SAE is saved there, and the row names it as `sae`.
+def run(config: RunConfig, device: str = "auto", on_tokens=None, checkpoint: Path | None = None,
+        folder: Path | None = None) -> dict:
+    """One row: what was asked, what was measured, and where. With a `folder` the SAE is saved there, and the row names
+    it as `sae`.
 
     Returns:
-        {"config", "metrics", "provenance", "date"}, JSON-able. A short text gives fewer tokens than the config asks for: `source_tokens` of the provenance
-        says how many there were.
+        {"config", "metrics", "provenance", "date"}, JSON-able. A short text gives fewer tokens than the config asks
+        for: `source_tokens` of the provenance says how many there were.
     """
     device = pick_device(device)
     made = provenance(device) | {"inputs": inputs(config)}  # as they are now: training may take hours
     source = open_source(config, device)
     result = fit_source(source, config, device, on_tokens, checkpoint)
     sae = result.sae
-    made |= {"source_tokens": source.n_tokens, "precision": pick_precision(config.precision, device, sae.W_enc.numel()), "path": pick_path(config.path, device, sae.method, sae.W_enc)}
+    made |= {"source_tokens": source.n_tokens,
+             "precision": pick_precision(config.precision, device, sae.W_enc.numel()),
+             "path": pick_path(config.path, device, sae.method, sae.W_enc)}
     row = {"config": asdict(config), "metrics": result.metrics, "provenance": made, "date": time.strftime("%Y-%m-%d")}
     if folder:
         sae.save(folder)

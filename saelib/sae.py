@@ -18,16 +18,19 @@ from saelib.files import json_of, reading, write_whole
 from saelib.normalisation import UNIT_NORM, check_normalisation, check_normalised, normalise, size_and_mean
 
 FORMAT = "saelib-1"
-PAIRS = {"sparse": pairs.Active, "native": native.Active, "dense": pairs.Active}  # what each path computes with; the dense one does in AuxK alone
-WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # the bits of a number as a whole one, positive where it is, compare faster
+# what each path computes with; the dense one does in AuxK alone
+PAIRS = {"sparse": pairs.Active, "native": native.Active, "dense": pairs.Active}
+# floats read as integers of their size keep their sign: so `> 0` means the same, and integers compare faster
+WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 SPARSE = torch.float32, torch.float64  # the types that a CPU has sparse products for, with their gradients
-COUNTED = 256  # tokens whose active latents a CPU counts at once: a sum makes whole numbers of all, and those of a batch would need fresh memory
+# tokens counted at once on a CPU: `!= 0` is summed as int64, which for a whole batch would take fresh memory
+COUNTED = 256
 
 
 class Output(NamedTuple):
-    """What one forward pass leaves: on the dense path `latents` are all of them, [batch, n_latents], and `active`
-    is None; on the sparse path `latents` are the values, [batch, k], and `active` places them, and `largest(m)` computes all three anew
-    for the m largest latents of the same tokens on the same path."""
+    """What one forward pass leaves. `active` is None where `latents` are all of them, [batch, n_latents]: on the dense
+    path, and for ReLU on every path. Else `latents` are the values of those that were chosen, [batch, k], and `active`
+    says which these are; `largest(m)` computes all three anew for the m largest of the same tokens."""
     x_hat: Tensor
     latents: Tensor
     active: pairs.Active | None
@@ -51,14 +54,14 @@ class SAE(nn.Module):
     z = act(W_enc (x - b_pre) + b_enc),  x_hat = W_dec^T z + b_pre
 
     `W_enc` and `W_dec` are both [n_latents, d_model], one row a latent: `W_dec` is the transpose of the paper's.
-    At the start `W_enc` equals `W_dec`, whose rows are random unit vectors, but for a method that wants its encoder's rows of another
-    length (`encoder_norm`); they are not tied after that.
+    At the start `W_enc` equals `W_dec`, whose rows are random unit vectors, but for a method that wants its encoder's
+    rows of another length (`encoder_norm`); they are not tied after that.
 
     Args:
         d_model: size of an activation.
         n_latents: how many latents.
         method: a key of `METHODS`.
-        sparsity: the value of the method's knob, k or an L1 coefficient.
+        sparsity: the value of the method's knob, k or an L1 coefficient; a k of 32 if None.
         normalisation: what was done to the inputs that this SAE expects (see `saelib.normalisation.normalise`).
         seed: of the initial directions.
 
@@ -68,13 +71,14 @@ class SAE(nn.Module):
     Paper: §2.2, Eq. (1)
     """
 
-    def __init__(self, d_model: int, n_latents: int, method: str = "topk", sparsity: float = 32, *,
+    def __init__(self, d_model: int, n_latents: int, method: str = "topk", sparsity: float | None = None, *,
                  normalisation: str = "none", seed: int = 0):
         super().__init__()
         for name, value in (("d_model", d_model), ("n_latents", n_latents)):
             require(is_whole(value) and value >= 1, name, value, "a whole number, 1 or more")
         check_normalisation(normalisation)
-        self.d_model, self.n_latents, self.normalisation = d_model, n_latents, normalisation = int(d_model), int(n_latents), normalisation
+        d_model, n_latents = int(d_model), int(n_latents)
+        self.d_model, self.n_latents, self.normalisation = d_model, n_latents, normalisation
         self.method = methods.make(method, n_latents, sparsity)
         rows = torch.randn(n_latents, d_model, generator=torch.Generator().manual_seed(seed))
         rows /= rows.norm(dim=1, keepdim=True)
@@ -88,22 +92,30 @@ class SAE(nn.Module):
         if x.dim() != 2 or x.shape[1] != self.d_model:
             raise ValueError(f"x has shape {list(x.shape)}: it must be [batch, d_model = {self.d_model}]")
 
+    def tokens(self, x: Tensor) -> Float[Tensor, "batch d_model"]:
+        """Activations of any shape [..., d_model], one below another. Raise ValueError if they are something else."""
+        require(isinstance(x, Tensor), "x", type(x).__name__, "a tensor")
+        tokens = x.reshape(-1, x.shape[-1]) if x.dim() else x
+        self.check(tokens)
+        return tokens
+
     def pre_acts(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch n_latents"]:
-        """W_enc (x - b_pre) + b_enc. What b_pre subtracts is a constant here, and its gradient goes by way of the bias, where it
-        costs a vector, not a matrix."""
+        """W_enc (x - b_pre) + b_enc. What b_pre subtracts is a constant here, and its gradient goes by way of the bias,
+        where it costs a vector, not a matrix."""
         constant = self.b_pre.detach()
         return F.linear(x - constant, self.W_enc, self.b_enc - self.W_enc @ (self.b_pre - constant))
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch n_latents"]:
-        """The latents z of x, dense, with exact zeros. For an SAE of normalised activations x is what `normalised` makes of them, and anything else
-        raises ValueError. Paper: §2.2, Eq. (1)"""
-        tokens = x.reshape(-1, x.shape[-1])
-        self.check(tokens)
+        """The latents z of x, dense, with exact zeros. For an SAE of normalised activations x is what `normalised`
+        makes of them, and anything else raises ValueError. Paper: §2.2, Eq. (1)"""
+        tokens = self.tokens(x)
         self.check_normalised(tokens)
         return self.method(self.pre_acts(tokens.to(self.W_enc.dtype))).view(*x.shape[:-1], self.n_latents)  # Eq. (1)
 
     def decode(self, latents: Float[Tensor, "*batch n_latents"]) -> Float[Tensor, "*batch d_model"]:
         """The reconstruction x_hat of dense latents. Paper: §2.2, Eq. (1)"""
+        require(latents.shape[-1:] == (self.n_latents,), "latents", f"of shape {list(latents.shape)}",
+                f"[..., n_latents = {self.n_latents}]")
         return latents @ self.W_dec + self.b_pre  # Eq. (1); under autocast the sum stays in the type of b_pre
 
     def run(self, x: Float[Tensor, "batch d_model"], path: str = "sparse", precision: str = "fp32",
@@ -112,11 +124,12 @@ class SAE(nn.Module):
 
         Args:
             x: activations; they are taken in the type of the weights.
-            path: "sparse" never forms the dense latents where the activation function is TopK's; where it is ReLU's it forms
-                them, and multiplies only the active ones once they are few; "native" is the same with parts that are compiled here for
-                this CPU (see `saelib.native`); "dense" is the plain twin, and serves any other activation function.
-            precision: "fp32"; "bf16" selects the latents of TopK in bfloat16, and multiplies matrices in it elsewhere and on a GPU.
-                Weights stay in float32.
+            path: "sparse" never forms the dense latents where the activation function is TopK's; where it is ReLU's it
+                forms them, and multiplies only the active ones once they are few; "native" is the same with parts that
+                are compiled here for this CPU (see `saelib.native`); "dense" is the plain twin, and serves any other
+                activation function.
+            precision: "fp32"; "bf16" selects the latents of TopK in bfloat16, and multiplies matrices in it elsewhere
+                and on a GPU. Weights stay in float32.
             scratch: memory for dense latents, which the next pass that gets it overwrites; fresh memory if None.
             copies: copies of the weights that a training loop renews with them (see `saelib.kernels.autoencode`).
 
@@ -130,23 +143,25 @@ class SAE(nn.Module):
         if path == "native":
             native.check(x, self.W_enc)
         kernel = methods.kernel(self.method) if path != "dense" else None
-        require(path != "native" or kernel is not None, "path", path, "'sparse' or 'dense' for an activation function that has no kernel")
+        require(path != "native" or kernel is not None, "path", path,
+                "'sparse' or 'dense' for an activation function that has no kernel")
         if kernel == "largest" and (x.is_cuda or x.dtype in SPARSE):
-            again = partial(kernels.autoencode, x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, b_out=self.b_pre, precision=precision,
-                            kind=PAIRS[path], copies=copies)
+            again = partial(kernels.autoencode, x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, b_out=self.b_pre,
+                            precision=precision, kind=PAIRS[path], copies=copies)
             return Output(*again(self.method.k, choice=self.method.select), again)
         if kernel == "relu":
-            return Output(*dense.relu(x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, precision, scratch, path == "native"), None)
+            return Output(*dense.relu(x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, precision, scratch,
+                                      path == "native"), None)
         # autocast's cache is shared between threads, and so between the members of a sweep
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
             latents = self.method(self.pre_acts(x))
             return Output(self.decode(latents), latents, None)
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The reconstruction of a model's activations x, as a hook hands them over: in their type, their shape and their units. For an SAE of
-        normalised activations they are normalised first, and what it makes of them is scaled and shifted back."""
-        tokens = x.reshape(-1, x.shape[-1])
-        self.check(tokens)
+        """The reconstruction of a model's activations x, as a hook hands them over: in their type, their shape and
+        their units. For an SAE of normalised activations they are normalised first, and what it makes of them is scaled
+        and shifted back."""
+        tokens = self.tokens(x)
         size, mean = size_and_mean(tokens) if self.normalisation == UNIT_NORM else (1, 0)
         return (self.run(self.normalised(tokens)).x_hat * size + mean).to(x.dtype).view(x.shape)
 
@@ -164,7 +179,8 @@ class SAE(nn.Module):
         self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny)
 
     def extra_repr(self) -> str:
-        return f"d_model={self.d_model}, n_latents={self.n_latents}, method={self.method.key!r}, {self.method.knob}={self.method.sparsity:g}, normalisation={self.normalisation!r}"
+        return (f"d_model={self.d_model}, n_latents={self.n_latents}, method={self.method.key!r}, "
+                f"{self.method.knob}={self.method.sparsity:g}, normalisation={self.normalisation!r}")
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
@@ -184,7 +200,8 @@ class SAE(nn.Module):
         about = {"format": FORMAT, "d_model": self.d_model, "n_latents": self.n_latents, "method": self.method.key,
                  "sparsity": self.method.sparsity, "normalisation": self.normalisation}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_whole({folder / "sae.safetensors": lambda partial: save_file(tensors, partial), folder / "sae.json": json_of(about)})
+        write_whole({folder / "sae.safetensors": lambda partial: save_file(tensors, partial),
+                     folder / "sae.json": json_of(about)})
 
 
 def load(folder: str | Path) -> SAE:
@@ -202,8 +219,10 @@ def load(folder: str | Path) -> SAE:
         tensors = load_file(folder / "sae.safetensors")
         for name, own in sae.state_dict().items():
             if name not in tensors or tensors[name].shape != own.shape or not tensors[name].isfinite().all():
-                raise ValueError(f"folder is {str(folder)!r}: {name} must be a tensor of shape {list(own.shape)}, of finite numbers")
-        require(tensors.keys() == sae.state_dict().keys(), "folder", str(folder), f"one with no other tensors than {', '.join(sae.state_dict())}")
+                raise ValueError(f"folder is {str(folder)!r}: {name} must be a tensor of shape {list(own.shape)}, of "
+                                 f"finite numbers")
+        require(tensors.keys() == sae.state_dict().keys(), "folder", str(folder),
+                f"one with no other tensors than {', '.join(sae.state_dict())}")
         sae.load_state_dict(tensors)
     return sae.eval()
 

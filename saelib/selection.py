@@ -1,4 +1,4 @@
-"""The k largest numbers of each row of a matrix, by looking through fewer numbers than there are, and through them faster."""
+"""The k largest numbers of each row of a matrix, by looking through fewer numbers than there are, and faster."""
 import importlib.util
 import math
 from functools import cache
@@ -15,9 +15,12 @@ SIZES = 1, 2, 4, 8, 16  # of the groups that longer rows are cut into
 
 @cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether there are kernels in Triton for this device: an NVIDIA GPU of the Ampere generation or newer, and a Triton of version 3.4 or newer."""
-    return (device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 8
-            and importlib.util.find_spec("triton") is not None and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None)
+    """Whether there are kernels in Triton for this device: an NVIDIA GPU of the Ampere generation or newer, and a
+    Triton of version 3.4 or newer."""
+    return (device.type == "cuda" and torch.version.cuda is not None
+            and torch.cuda.get_device_capability(device)[0] >= 8
+            and importlib.util.find_spec("triton") is not None
+            and importlib.util.find_spec("triton.tools.tensor_descriptor") is not None)
 
 
 def largest(values: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
@@ -33,7 +36,8 @@ def largest(values: Float[Tensor, "rows n"], k: int) -> tuple[Float[Tensor, "row
         return triton_select.largest(values, k)
     rows, n = values.shape
     require(1 <= k <= n, "k", k, f"from 1 to {n}")
-    size = min((size for size in SIZES if n % size == 0 and k * size <= n), key=lambda size: n / size + (size > 1) * k * size)
+    size = min((size for size in SIZES if n % size == 0 and k * size <= n),
+               key=lambda size: n / size + (size > 1) * k * size)
     if n <= LEAF or size == 1:
         return topk(values, k)
     best = largest(values.view(rows, size, n // size).amax(1), k)[1]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy
 import torch
-from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -21,7 +20,9 @@ FILE_TYPES = (".npy", ".safetensors")
 PIECE_ROWS = 2**17  # tokens looked at in one go
 SAMPLE_ROWS = 2**13
 IDENTITY_ROWS = 256
-DICTIONARY_SEED = 20_240_606  # far from the seeds of SAEs: with an SAE's own seed its first rows would BE the dictionary
+MOST_FREQUENT = 0.9  # of a dictionary's features is on for this share of the tokens, at most
+# far from the seeds of SAEs: with an SAE's own seed its first rows would BE the dictionary
+DICTIONARY_SEED = 20_240_606
 
 
 @dataclass(eq=False)
@@ -41,14 +42,19 @@ class Source:
     def __post_init__(self):
         require(len(self.shards) > 0, "shards", self.shards, "a list of one tensor or more")
         check_normalisation(self.normalisation)
-        self.shards, self.held_out = [as_tensor(shard).detach() for shard in self.shards], as_tensor(self.held_out).detach()
+        self.shards = [as_tensor(shard).detach() for shard in self.shards]
+        self.held_out = as_tensor(self.held_out).detach()
         for tensor in [*self.shards, self.held_out]:
             check_activations(tensor)
-            check_normalised("source", tensor[:SAMPLE_ROWS], self.normalisation, "activations that are normalised, as `from_tensor` does it")
-            require(tensor.shape[1] == self.d_model, "source", f"of widths {tensor.shape[1]} and {self.d_model}", "of one width, d_model")
-        sums = sum(piece.float().sum(0, dtype=torch.float64) for shard in self.shards for piece in shard.split(PIECE_ROWS))
+            check_normalised("source", tensor[:SAMPLE_ROWS], self.normalisation,
+                             "activations that are normalised, as `from_tensor` does it")
+            require(tensor.shape[1] == self.d_model, "source", f"of widths {tensor.shape[1]} and {self.d_model}",
+                    "of one width, d_model")
+        sums = sum(piece.float().sum(0, dtype=torch.float64) for shard in self.shards
+                   for piece in shard.split(PIECE_ROWS))
         self.mean = (sums / self.n_tokens).float()
-        require(bool((self.held_out != self.mean).any()), "source", "the same vector again and again", "activations that differ: there is nothing to explain otherwise")
+        require(bool((self.held_out != self.mean).any()), "source", "the same vector again and again",
+                "activations that differ: there is nothing to explain otherwise")
 
     @property
     def d_model(self) -> int:
@@ -64,13 +70,16 @@ class Source:
         return hashlib.sha256(f"{self.n_tokens}".encode() + self._gather(rows).cpu().numpy().tobytes()).hexdigest()[:16]
 
     def on(self, device: str) -> "Source":
-        """The same source with its training activations on a GPU, if half of the memory that is free there can hold them: a
-        batch is then gathered where it is used. On the CPU, or if they are too many, the source as it is (see `ahead`)."""
+        """The same source with its training activations on a GPU, if half of the memory that is free there can hold
+        them: a batch is then gathered where it is used. On the CPU, or if they are too many, the source as it is (see
+        `ahead`)."""
         n_bytes = sum(shard.nbytes for shard in self.shards)
         if device == "cpu" or 2 * n_bytes > torch.cuda.mem_get_info()[0]:
             return self
         there = copy(self)
-        there.shards = [torch.cat([shard.to(device) for shard in self.shards])]  # one: a batch from many waits for the device
+        # one: a batch from many waits for the device
+        there.shards = [torch.cat([shard.to(device) for shard in self.shards])]
+        torch.cuda.current_stream().synchronize()  # members of a sweep read it in streams of their own
         return there
 
     def batches(self, batch_size: int, n_steps: int, seed: int, start: int = 0) -> Iterator[Tensor]:
@@ -105,7 +114,8 @@ class Source:
 
 
 def ahead(batches: Iterator[Tensor], pin: bool = True) -> Iterator[Tensor]:
-    """The same batches, each gathered in a second thread while the one before it is used, so that a GPU does not wait for it.
+    """The same batches, each gathered in a second thread while the one before it is used, so that a GPU does not wait
+    for it.
 
     Args:
         batches: on the CPU.
@@ -130,22 +140,24 @@ def check_activations(x: Tensor) -> None:
     if x.numel() == 0:
         raise ValueError(f"source has shape {list(x.shape)}: it must hold at least one token")
     dense_floats = x.dtype in FLOATS and x.layout == torch.strided
-    require(dense_floats, "source", f"a tensor of {x.dtype}, {x.layout}", f"a dense one of {', '.join(map(str, FLOATS))}")
+    require(dense_floats, "source", f"a tensor of {x.dtype}, {x.layout}",
+            f"a dense one of {', '.join(map(str, FLOATS))}")
     for piece in x.split(PIECE_ROWS):
         if not torch.isfinite(piece).all():
             bad = int((~torch.isfinite(x).all(1)).nonzero()[0])
             raise ValueError(f"source holds NaN or Inf, first in row {bad}: activations must be finite")
 
 
-def from_tensor(x: Tensor | numpy.ndarray, name: str = "tensor", held_out_fraction: float = 0.1, normalisation: str = "none") -> Source:
+def from_tensor(x: Tensor | numpy.ndarray, name: str = "tensor", held_out_fraction: float = 0.1,
+                normalisation: str = "none") -> Source:
     """A source from your own activations; the last tenth of the rows is held out.
 
     Args:
         x: [n_tokens, d_model], a tensor or an array.
         name: of the source.
         held_out_fraction: of the rows, from the end; above 0 and below 1.
-        normalisation: "none", which takes them as they are, or "unit_norm" (see `saelib.normalisation.normalise`). An SAE that is trained on them keeps the word,
-            so that other tools learn it too (see `saelib.formats`).
+        normalisation: "none", which takes them as they are, or "unit_norm" (see `saelib.normalisation.normalise`). An
+            SAE that is trained on them keeps the word, so that other tools learn it too (see `saelib.formats`).
 
     Raises:
         ValueError: not [n_tokens, d_model], fewer than two tokens, not floating point, or not finite.
@@ -156,8 +168,10 @@ def from_tensor(x: Tensor | numpy.ndarray, name: str = "tensor", held_out_fracti
     if normalisation == UNIT_NORM:
         x = normalise(x)
     if len(x) < 2:
-        raise ValueError(f"source has shape {list(x.shape)}: it must hold at least two tokens, one to train on and one to hold out")
-    require(isinstance(held_out_fraction, Real) and 0 < held_out_fraction < 1, "held_out_fraction", held_out_fraction, "above 0 and below 1")
+        raise ValueError(f"source has shape {list(x.shape)}: it must hold at least two tokens, one to train on and one "
+                         f"to hold out")
+    require(isinstance(held_out_fraction, Real) and 0 < held_out_fraction < 1, "held_out_fraction", held_out_fraction,
+            "above 0 and below 1")
     n_held_out = min(max(1, round(len(x) * held_out_fraction)), len(x) - 1)
     return Source(name, [x[:-n_held_out]], x[-n_held_out:], normalisation)
 
@@ -175,7 +189,8 @@ def synthetic(n_tokens: int, *, d_model: int = 64, n_features: int = 256, l0: fl
               noise: float = 0.01, seed: int = 0) -> Source:
     """Activations made from a dictionary that we know.
 
-    x = Σ_i c_i f_i + noise, normalised;  P(c_i > 0) ∝ i^(-exponent), Σ_i P(c_i > 0) = l0;  c_i ~ U(0.5, 1.5)
+    x = Σ_i c_i f_i + noise, normalised;  P(c_i > 0) ∝ i^(-exponent), but at most 0.9, Σ_i P(c_i > 0) = l0;
+    c_i ~ U(0.5, 1.5)
 
     The features are random unit vectors with zero mean over the dimensions, so that normalising scales the
     coefficients and leaves the directions as they are.
@@ -194,12 +209,12 @@ def synthetic(n_tokens: int, *, d_model: int = 64, n_features: int = 256, l0: fl
 
     Ours, because only a known dictionary tells recovery from reconstruction.
     """
+    require(0 < l0 <= MOST_FREQUENT * n_features, "l0", l0, f"above 0, and at most {MOST_FREQUENT} n_features")
     generator = torch.Generator().manual_seed(DICTIONARY_SEED + seed)
     features = normalise(torch.randn(n_features, d_model, generator=generator))
     probability = torch.arange(1, n_features + 1).float().pow(-exponent)
-    probability *= l0 / probability.sum()
-    for _ in range(20):  # a frequency cannot exceed 1: hand the excess to the others
-        probability = (probability * (l0 / probability.sum())).clamp_max(0.9)
+    for _ in range(20):  # no feature is on for more than nine tokens in ten: the others share what it would have had
+        probability = (probability * (l0 / probability.sum())).clamp_max(MOST_FREQUENT)
 
     def sample(n: int) -> Tensor:
         pieces = []

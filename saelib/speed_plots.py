@@ -3,24 +3,29 @@ from collections.abc import Sequence
 
 from matplotlib.ticker import LogLocator
 
-from saelib.labels import name_ends
-from saelib.plots import PAPER_GREY, SHADES, Picture, canvas, group, plain_log
+from saelib.marks import PAPER_GREY, SHADES, plain_log
+from saelib.plots import Picture, canvas, group
 
-CASE_TITLES = {"floor": "floors", "topk": "TopK, nothing dead", "auxk": "TopK, 5 % dead, AuxK on", "relu": "ReLU + L1, half active", "relu_few": "ReLU + L1, k active"}
+CASE_TITLES = {"floor": "floors", "topk": "TopK, nothing dead", "auxk": "TopK, 5 % dead, AuxK on",
+               "relu": "ReLU + L1, half active", "relu_few": "ReLU + L1, k active"}
 AXIS_TITLES = {"n_latents": "number of latents, n", "k": "active latents, k", "batch_size": "tokens in a batch"}
 
 
 def color_of(name: str) -> str:
     """Floors grey, saelib dark, what it is compared with orange."""
-    return SHADES[0] if name.startswith("saelib") else PAPER_GREY if "GEMM" in name or "alone" in name or "copy" in name else SHADES[1]
+    if name.startswith("saelib"):
+        return SHADES[0]
+    return PAPER_GREY if any(word in name for word in ("GEMM", "alone", "copy")) else SHADES[1]
 
 
 def note_of(rows: Sequence[dict]) -> str:
     """Machine, versions and commit of the rows, as every figure here says them."""
-    made = {(p["hardware"] if row["setting"].get("device") == "cuda" else f"{p['processor']}, {p['threads']} thread{'s' * (p['threads'] > 1)}",
+    made = {(p["hardware"] if row["setting"].get("device") == "cuda"
+             else f"{p['processor']}, {p['threads']} thread{'s' * (p['threads'] > 1)}",
              p["torch"], p["commit"], row["date"]) for row in rows for p in [row["provenance"]]}
     libraries = ", ".join(sorted({row["version"] for row in rows if "version" in row}))
-    return "; ".join(f"{hardware}, torch {torch}, commit {commit}, {date}" for hardware, torch, commit, date in sorted(made)) + (libraries and f"\n{libraries}")
+    return "; ".join(f"{hardware}, torch {torch}, commit {commit}, {date}"
+                     for hardware, torch, commit, date in sorted(made)) + (libraries and f"\n{libraries}")
 
 
 def sizes_of(row: dict) -> str:
@@ -51,11 +56,13 @@ def multiples(rows: Sequence[dict]) -> Picture:
             ratio, color = row["ratio"], color_of(row["name"])
             axes.plot([ratio["q1"], ratio["q3"]], [y, y], color=color, linewidth=3, alpha=0.35, solid_capstyle="butt")
             axes.plot([ratio["median"]], [y], "o", color=color, markersize=4)
-            axes.annotate(f"{ratio['median']:.2g}", (ratio["q3"], y), xytext=(5, 0), textcoords="offset points", fontsize=7, va="center", color=color,
+            axes.annotate(f"{ratio['median']:.2g}", (ratio["q3"], y), xytext=(5, 0), textcoords="offset points",
+                          fontsize=7, va="center", color=color,
                           bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
             labels.append((y, row["name"], False))
         y += 1
-    picture.numbers += [f"{row['case']}: {row['name']}: {q['median']:.4g} [{q['q1']:.4g}, {q['q3']:.4g}]" for row in rows for q in [row["ratio"]]]
+    picture.numbers += [f"{row['case']}: {row['name']}: {q['median']:.4g} [{q['q1']:.4g}, {q['q3']:.4g}]"
+                        for row in rows for q in [row["ratio"]]]
     axes.axvline(1, color=PAPER_GREY, linewidth=0.8)
     plain_log(axes, y=False)
     axes.margins(x=0.12)
@@ -95,7 +102,7 @@ def against(rows: Sequence[dict]) -> Picture:
         axes.set_xticks(xs[::2], [f"{x:,}" for x in xs[::2]])
         axes.margins(x=0.1)
         if axes is all_axes[-1]:
-            name_ends(axes, ends)
+            picture.ends.append((axes, ends))
     picture.supxlabel(note_of(rows), fontsize=7, color="#555555")
     return picture
 
@@ -116,8 +123,10 @@ def apart(rows: Sequence[dict]) -> Picture:
         axes.plot([predicted, took], [y, y], color=PAPER_GREY, linewidth=1)
         axes.plot([predicted], [y], "o", color="#000000", markerfacecolor="#ffffff")
         axes.plot([took], [y], "o", color=SHADES[0])
-        axes.annotate(f"{took / predicted:.1f}x", (max(took, predicted), y), xytext=(7, 0), textcoords="offset points", fontsize=8, va="center")
-        picture.numbers.append(f"{row['name']}: predicted {predicted:.4g} ms by {row['bound']}, measured {took:.4g} ms, ratio {took / predicted:.3g}")
+        axes.annotate(f"{took / predicted:.1f}x", (max(took, predicted), y), xytext=(7, 0), textcoords="offset points",
+                      fontsize=8, va="center")
+        picture.numbers.append(f"{row['name']}: predicted {predicted:.4g} ms by {row['bound']}, measured {took:.4g} "
+                               f"ms, ratio {took / predicted:.3g}")
     plain_log(axes, y=False)
     axes.xaxis.set_major_locator(LogLocator())  # parts of a GPU's step span four decades
     axes.margins(x=0.15)

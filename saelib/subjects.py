@@ -31,7 +31,8 @@ SPREAD = 4  # windows are drawn from a text this many times as long, so that a s
 HELD_OUT_TOKENS = 16_384
 LOADING = threading.Lock()  # transformers can't load in two threads at once
 BUILT_IN = "synthetic", "pygpt", "minilm"  # names that stand for the same wherever they are used
-TEXT_OF = {"pygpt": "python", "minilm": "english", "gpt2": "Skylion007/openwebtext"}  # what a subject reads unless told otherwise
+# what a subject reads unless told otherwise
+TEXT_OF = {"pygpt": "python", "minilm": "english", "gpt2": "Skylion007/openwebtext"}
 
 
 def folder_of(subject: str) -> str:
@@ -57,13 +58,16 @@ def folder_of(subject: str) -> str:
 def load(subject: str, device: str = "cpu"):
     """The model and the tokenizer of a subject, ready to be read. `trust_remote_code` is never set."""
     folder = folder_of(subject)
-    with LOADING, reading("subject", subject, "be 'synthetic', 'pygpt', 'minilm', a .npy or .safetensors file, or a Hugging Face model by hub name or local folder", ValueError):
+    with LOADING, reading("subject", subject, "be 'synthetic', 'pygpt', 'minilm', a .npy or .safetensors file, or a "
+                          "Hugging Face model by hub name or local folder", ValueError):
         from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-        causal = any("CausalLM" in name or "LMHead" in name for name in AutoConfig.from_pretrained(folder).architectures or [])
+        causal = any("CausalLM" in name or "LMHead" in name
+                     for name in AutoConfig.from_pretrained(folder).architectures or [])
         model = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(folder, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", CONTEXT)
-    require(n_positions >= CONTEXT, "subject", f"{subject} with {n_positions} positions", f"a model with {CONTEXT} or more")
+    require(n_positions >= CONTEXT, "subject", f"{subject} with {n_positions} positions",
+            f"a model with {CONTEXT} or more")
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
@@ -112,19 +116,20 @@ def residual_stream(model: nn.Module, ids: Tensor, layer: int) -> Tensor:
 
 
 def wrapping(tokenizer) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer puts before and after a text: [CLS] and [SEP], a beginning of sequence, or none."""
+    """The special tokens that a tokenizer puts before and after a text: [CLS] and [SEP], a first one alone, or none."""
     bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     before = next((i for i in range(len(whole)) if whole[i: i + len(bare)] == bare), None)
-    require(before is not None, "subject", tokenizer.name_or_path, "a model whose tokenizer is there and makes tokens of text")
+    require(before is not None, "subject", tokenizer.name_or_path,
+            "a model whose tokenizer is there and makes tokens of text")
     return whole[:before], whole[before + len(bare):]
 
 
 def windows(documents: Iterator[str], tokenizer, n_windows: int) -> Tensor:
     """Token ids cut into windows of CONTEXT, drawn from all over the text: at most [n_windows, CONTEXT].
 
-    Documents are joined by the tokenizer's end-of-text token and cut; each window is then wrapped as the tokenizer wraps a text, and
-    where that ends it ([SEP]) documents are joined by nothing. Documents are read until there are SPREAD times the windows asked for, and the
-    windows are drawn from those without replacement.
+    Documents are joined by the tokenizer's end-of-text token and cut; each window is then wrapped as the tokenizer
+    wraps a text, and where that ends it ([SEP]) documents are joined by nothing. Documents are read until there are
+    SPREAD times the windows asked for, and the windows are drawn from those without replacement.
     """
     before, after = wrapping(tokenizer)
     body = CONTEXT - len(before) - len(after)
@@ -137,7 +142,8 @@ def windows(documents: Iterator[str], tokenizer, n_windows: int) -> Tensor:
     require(len(ids) >= body, "text", f"of {len(ids)} tokens in this split", f"long enough for a window of {body}")
     cut = torch.frombuffer(ids, dtype=torch.int32)[: len(ids) // body * body].view(-1, body)
     cut = cut[torch.randperm(len(cut), generator=torch.Generator().manual_seed(0))[:n_windows]].long()
-    return torch.cat([torch.tensor(before).long().expand(len(cut), -1), cut, torch.tensor(after).long().expand(len(cut), -1)], 1)
+    return torch.cat([torch.tensor(before).long().expand(len(cut), -1), cut,
+                      torch.tensor(after).long().expand(len(cut), -1)], 1)
 
 
 def pick_device(device: str | torch.device) -> str:
@@ -154,25 +160,29 @@ def fast_dtype(device: str) -> torch.dtype:
 
 
 def harvest(model: nn.Module, ids: Tensor, layer: int, inner: slice, device: str) -> Iterator[Tensor]:
-    """Normalised activations of windows of token ids, [n, d_model] at a time; `inner` cuts special tokens off a window."""
+    """Normalised activations of windows of token ids, [n, d_model] at a time; `inner` cuts special tokens off."""
     for some in ids.split(WINDOWS) if len(ids) else ():  # of nothing, one empty piece
         with torch.autocast(device, fast_dtype(device), enabled=fast_dtype(device) != torch.float32):
             stream = residual_stream(model, some.to(device), layer)[:, inner]
         yield sources.normalise(stream.reshape(-1, stream.shape[-1]).float()).cpu()
 
 
-def activations(subject: str, text: str, split: str, n_tokens: int, layer: int | None, device: str, start: int = 0) -> Iterator[Tensor]:
-    """Normalised activations of a subject on a text, [n, d_model] at a time, after the first `start`, which are a number of whole windows.
-    Special tokens are left out."""
+def activations(subject: str, text: str, split: str, n_tokens: int, layer: int | None, device: str,
+                start: int = 0) -> Iterator[Tensor]:
+    """Normalised activations of a subject on a text, [n, d_model] at a time, after the first `start`, which are a
+    number of whole windows. Special tokens are left out."""
     model, tokenizer = load(subject, device)
     before, after = wrapping(tokenizer)
     inner = slice(len(before), CONTEXT - len(after))
     width = inner.stop - inner.start
     ids = windows(texts.documents(text, split), tokenizer, -(-n_tokens // width))
     n_known = model.get_input_embeddings().num_embeddings
-    require(int(ids.max()) < n_known, "subject", f"{subject}, whose tokenizer makes token {int(ids.max())},", f"a model that knows it: this one knows {n_known}")
-    with tqdm(total=len(ids) * width, initial=start, unit="tok", unit_scale=True, delay=5, desc=f"{Path(subject).name}, {split}", file=sys.stderr) as bar:
-        for piece in harvest(model, ids[start // width:], max(1, int(DEPTH * len(blocks(model)))) if layer is None else layer, inner, device):
+    require(int(ids.max()) < n_known, "subject", f"{subject}, whose tokenizer makes token {int(ids.max())},",
+            f"a model that knows it: this one knows {n_known}")
+    with tqdm(total=len(ids) * width, initial=start, unit="tok", unit_scale=True, delay=5,
+              desc=f"{Path(subject).name}, {split}", file=sys.stderr) as bar:
+        for piece in harvest(model, ids[start // width:],
+                             max(1, int(DEPTH * len(blocks(model)))) if layer is None else layer, inner, device):
             yield piece
             bar.update(len(piece))
 
@@ -184,7 +194,8 @@ def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: 
     Args:
         subject: "synthetic", "pygpt", "minilm", any Hugging Face model by hub name or local folder, or a `.npy` or
             `.safetensors` file of activations.
-        n_tokens: training tokens wanted; a short text gives fewer. A tenth as many more, 16,384 at least, are held out.
+        n_tokens: training tokens wanted; a short text gives fewer. A tenth as many more are held out, and of a language
+            model 16,384 at least; of a file the last tenth of its rows. Its rows are normalised, as a model's are.
         text: what a model reads: "python", "english", a local file or folder, or a data set of the hub. The built-in
             subjects have one of their own.
         layer: after which block the residual stream is read; 3/4 through the model if None.
@@ -200,16 +211,19 @@ def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: 
     require(layer is None or is_whole(layer) and layer >= 1, "layer", layer, "a whole number, 1 or more")
     device, n_tokens = pick_device(device), int(n_tokens)
     is_file = Path(subject).suffix in sources.FILE_TYPES
-    require(is_file or not Path(subject).is_file(), "subject", str(subject), f"a folder of a model, or a file of activations that ends in {' or '.join(sources.FILE_TYPES)}")
+    require(is_file or not Path(subject).is_file(), "subject", str(subject),
+            f"a folder of a model, or a file of activations that ends in {' or '.join(sources.FILE_TYPES)}")
     if subject == "synthetic" or is_file:
         for name, value in (("text", text), ("layer", layer)):
             require(value is None, name, value, f"None for {subject}, which no model reads")
         return sources.from_file(Path(subject), n_tokens) if is_file else sources.synthetic(n_tokens)
     text = TEXT_OF.get(subject) if text is None else text
-    require(bool(text), "text", text, f"'python', 'english', a local file or folder, or a data set's name: of the subjects only {', '.join(TEXT_OF)} have one of their own")
+    require(isinstance(text, str | Path | None), "text", type(text).__name__, "a name or a path")
+    require(bool(text), "text", text, f"'python', 'english', a local file or folder, or a data set's name: the subject "
+            f"{subject!r} has none of its own, as {', '.join(TEXT_OF)} have")
     n_held_out, parts = max(HELD_OUT_TOKENS, n_tokens // 10), {}
-    key = {"subject": model_key(subject), "text": texts.fingerprint(text), "layer": layer, "context": CONTEXT, "normalisation": UNIT_NORM,
-           "dtype": str(fast_dtype(device)), "code": CODE}
+    key = {"subject": model_key(subject), "text": texts.fingerprint(text), "layer": layer, "context": CONTEXT,
+           "normalisation": UNIT_NORM, "dtype": str(fast_dtype(device)), "code": CODE}
     for split, n in (("test", n_held_out), ("train", n_tokens)):  # a text too short for the first is refused at once
         make = partial(activations, subject, text, split, n, layer, device)
         parts[split] = cache.cached(key | {"split": split, "n_tokens": n}, make, f"{Path(subject).name}-{split}")
@@ -228,4 +242,5 @@ def model_key(subject: str) -> str:
 
 
 MAKERS = cache, normalisation, sources, texts  # of the activations, beside this module
-CODE = hashlib.sha256(b"".join(Path(path).read_bytes() for path in (__file__, *(module.__file__ for module in MAKERS)))).hexdigest()[:16]
+FILES = __file__, *(module.__file__ for module in MAKERS)
+CODE = hashlib.sha256(b"".join(Path(path).read_bytes() for path in FILES)).hexdigest()[:16]

@@ -25,7 +25,7 @@ BEGINS = '{"config": '  # each row of a store
 
 
 def read_rows(store: Path | str) -> list[dict]:
-    """The rows of a store, in the order in which they were written. A torn last line, left by a kill, is passed over."""
+    """The rows of a store, in the order in which they were written, but for a torn last line that a kill left."""
     store = Path(store)
     if not store.exists():
         return []
@@ -64,7 +64,8 @@ def add_row(store: Path, row: dict) -> None:
 
 
 def side_by_side(task: Callable, items: Iterable, device: str = "cpu", stop: threading.Event | None = None) -> list:
-    """[task(item) for item in items], a thread each: as many at once as there are cores, or a few on a GPU, each in a stream of its own.
+    """[task(item) for item in items], a thread each: as many at once as there are cores, or a few on a GPU, each in a
+    stream of its own.
 
     A small SAE gains little from a second core, and two of them gain all of it; nor does it fill a GPU.
 
@@ -87,7 +88,8 @@ def side_by_side(task: Callable, items: Iterable, device: str = "cpu", stop: thr
     with ThreadPoolExecutor(n_cores if on_cpu else STREAMS) as pool:
         futures = [pool.submit(alone, item) for item in items]
         try:
-            for future in as_completed(futures):  # a task that fails is heard of before those that started earlier have ended
+            # a task that fails is heard of before those that started earlier have ended
+            for future in as_completed(futures):
                 future.result()
             return [future.result() for future in futures]
         except BaseException:
@@ -100,11 +102,18 @@ def side_by_side(task: Callable, items: Iterable, device: str = "cpu", stop: thr
 
 
 def finished(store: Path | str, keep: Path | str | None) -> dict[tuple[str, str], dict]:
-    """The rows of a store that count, by config and inputs: those of this code, with their SAE if SAEs are to be kept."""
+    """The rows of a store that count, by config and inputs: of this code, with their SAE if SAEs are to be kept."""
     rows = read_rows(store)
-    require(all({"config", "provenance"} <= set(row) for row in rows), "store", str(store), "a file of rows that a sweep wrote")
+    require(all("config" in row and "code" in dict(row.get("provenance") or {}) for row in rows), "store", str(store),
+            "a file of rows that a sweep wrote")
     return {(json.dumps(row["config"]), row["provenance"].get("inputs")): row for row in rows
-            if row["provenance"]["code"] == code_hash() and (keep is None or Path(row.get("sae", ""), "sae.json").is_file())}
+            if row["provenance"]["code"] == code_hash()
+            and (keep is None or is_below(row.get("sae"), keep))}
+
+
+def is_below(sae: str | None, keep: Path | str) -> bool:
+    """Whether an SAE that a row names is there, in the folder `keep`."""
+    return sae is not None and Path(sae, "sae.json").is_file() and Path(sae).resolve().parent == Path(keep).resolve()
 
 
 def whole_list(configs: Iterable[RunConfig]) -> list[RunConfig]:
@@ -112,7 +121,8 @@ def whole_list(configs: Iterable[RunConfig]) -> list[RunConfig]:
     require(not isinstance(configs, RunConfig), "configs", "a single RunConfig", "a list of them")
     configs = list(configs)
     for config in configs:
-        require(isinstance(config, RunConfig), "configs", f"a list with a {type(config).__name__}", "a list of RunConfig")
+        require(isinstance(config, RunConfig), "configs", f"a list with a {type(config).__name__}",
+                "a list of RunConfig")
     return configs
 
 
@@ -123,26 +133,29 @@ def make_folder(keep: Path | str | None) -> None:
             Path(keep).mkdir(parents=True, exist_ok=True)
 
 
-def places(config: RunConfig, name: str, store: Path | str | None, keep: Path | str | None) -> tuple[Path | None, Path | None]:
+def places(config: RunConfig, name: str, store: Path | str | None,
+           keep: Path | str | None) -> tuple[Path | None, Path | None]:
     """Where a member's checkpoint and its SAE go."""
     identity = sha256((name + code_hash()).encode()).hexdigest()[:16]
     return (store and Path(store).with_suffix(".checkpoints") / f"{identity}.pt",
-            keep and Path(keep) / f"{config.method}_{config.sparsity:g}_seed{config.seed}_{identity}")
+            keep and Path(keep).resolve() / f"{config.method}_{config.sparsity:g}_seed{config.seed}_{identity}")
 
 
-def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, keep: Path | str | None = None, device: str = "auto",
-          progress: bool = True) -> list[dict]:
+def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, keep: Path | str | None = None,
+          device: str = "auto", progress: bool = True) -> list[dict]:
     """The rows of `configs`, in their order: read from the store where it has them, run where it lacks them.
 
-    A row counts only if it was made by the code that is here, from the files that are here (see `saelib.origin`). Members run side by side, a thread and a core or a stream
-    each, and share the activations, so that a row does not depend on how many run at once. Each row is written when it is done, and a member
-    that takes long leaves a checkpoint each minute: kill the sweep, and the next call goes on from there. A member that fails, as one whose rate
+    A row counts only if it was made by the code that is here, from the files that are here (see `saelib.origin`).
+    Members run side by side, a thread and a core or a stream each, and share the activations, so that a row does not
+    depend on how many run at once. Each row is written when it is done, and a member that takes long leaves a
+    checkpoint each minute: kill the sweep, and the next call goes on from there. A member that fails, as one whose rate
     is too high may, does not keep the others from their rows: its error is raised after them.
 
     Args:
         configs: what to run.
         store: a file of JSON lines; None keeps nothing.
-        keep: a folder for the SAEs, each in a folder of its own below it, which its row names as `sae`; None keeps none.
+        keep: a folder for the SAEs, each in a folder of its own below it, which its row names as `sae`, by its whole
+            path; None keeps none. A row whose SAE is not there is run again.
         device: "cpu", "cuda", or "auto".
         progress: show a progress bar on stderr.
 

@@ -22,6 +22,7 @@ from saelib.files import reading
 HELD_OUT_EVERY = 10
 NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
 TEST_FOLDERS = {"test", "tests", "idle_test"}
+DOCUMENTED = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
 
 
 def is_held_out(name: str) -> bool:
@@ -59,15 +60,15 @@ def english_text(split: str) -> Iterator[str]:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):  # lib2to3 ships files that are broken on purpose
             continue
-        nodes = (n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)))
-        docs = [inspect.cleandoc(doc) for n in nodes if (doc := ast.get_docstring(n, clean=False))]
+        nodes = (node for node in ast.walk(tree) if isinstance(node, DOCUMENTED))
+        docs = [inspect.cleandoc(doc) for node in nodes if (doc := ast.get_docstring(node, clean=False))]
         if docs:
             yield "\n\n".join(docs)
 
 
 def local_text(path: Path, split: str) -> Iterator[str]:
-    """Local text, every tenth document held out: files are documents or, where they are fewer than ten, blocks of lines between blank
-    lines are, or else lines."""
+    """Local text, every tenth document held out: files are documents or, where they are fewer than ten, blocks of lines
+    between blank lines are, or else lines."""
     found = []
     for file in files_of(path):
         with reading("text", file, "be a text in UTF-8"):
@@ -75,13 +76,17 @@ def local_text(path: Path, split: str) -> Iterator[str]:
     for border in ("\n\n", "\n"):
         if len(found) < HELD_OUT_EVERY:
             found = [part for text in found for part in text.split(border) if part.strip()]
-    require(len(found) >= HELD_OUT_EVERY, "text", str(path), f"{HELD_OUT_EVERY} files, blocks or lines or more, for one in {HELD_OUT_EVERY} is held out")
+    require(len(found) >= HELD_OUT_EVERY, "text", str(path),
+            f"{HELD_OUT_EVERY} files, blocks or lines or more, for one in {HELD_OUT_EVERY} is held out")
     yield from (text for i, text in enumerate(found) if (i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == (split == "test"))
 
 
 def files_of(path: Path) -> list[Path]:
     """The file itself, or the files in a folder and below, but for hidden ones."""
-    return sorted(p for p in path.rglob("*") if p.is_file() and not any(part[0] == "." for part in p.relative_to(path).parts)) if path.is_dir() else [path]
+    def hidden(p: Path) -> bool:
+        return any(part[0] == "." for part in p.relative_to(path).parts)
+
+    return sorted(p for p in path.rglob("*") if p.is_file() and not hidden(p)) if path.is_dir() else [path]
 
 
 def is_local(text: str) -> bool:
@@ -93,7 +98,8 @@ def is_local(text: str) -> bool:
 
 def hub_text(name: str, split: str) -> Iterator[str]:
     """A data set of the Hugging Face hub with a `text` column, streamed; one document in ten is held out."""
-    require(find_spec("datasets") is not None, "text", name, f"one of {', '.join(map(repr, STDLIB_TEXTS))}, a local file or folder, or, with `pip install datasets`, "
+    require(find_spec("datasets") is not None, "text", name,
+            f"one of {', '.join(map(repr, STDLIB_TEXTS))}, a local file or folder, or, with `pip install datasets`, "
             "a data set of the Hugging Face hub")
     from datasets import load_dataset
     for i, row in enumerate(load_dataset(name, split="train", streaming=True)):

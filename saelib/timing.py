@@ -1,7 +1,7 @@
 """Measure steps side by side: in each round every contestant takes one step, in an order that rotates.
 
-A machine's speed drifts by tens of per cent within minutes. Steps of one round are neighbours in time, so a contestant is
-compared with the floor in the same round, and the median is taken of these ratios.
+A machine's speed drifts by tens of per cent within minutes. Steps of one round are neighbours in time, so a contestant
+is compared with the floor in the same round, and the median is taken of these ratios.
 """
 import importlib.metadata
 import os
@@ -24,8 +24,10 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 25
 
 @cache
 def machine(device: str) -> dict:
-    """What a row of the benchmark says of where it was made: `origin.provenance`, the processor, its cores and the threads used."""
-    return origin.provenance(device) | {"processor": origin.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    """What a row of the benchmark says of where it was made: `origin.provenance`, the processor, its cores and the
+    threads used."""
+    return origin.provenance(device) | {"processor": origin.processor(), "cores": os.cpu_count(),
+                                        "threads": torch.get_num_threads()}
 
 
 def seconds_of(step: Callable[[Tensor], object], x: Tensor, repeats: int = 1) -> float:
@@ -91,8 +93,8 @@ def rounds(seconds: float, title: str, max_rounds: int = MAX_ROUNDS) -> Iterator
 
 def interleave(contestants: dict, batches: Sequence[Tensor], reference: tuple, seconds: float, title: str,
                max_rounds: int = MAX_ROUNDS) -> dict[tuple, list[float]]:
-    """Seconds of each contestant's step in each round. `reference` steps before, between and after the others, and its time
-    is the median of these: all ratios rest on it."""
+    """Seconds of each contestant's step in each round. `reference` steps before, between and after the others, and its
+    time is the median of these: all ratios rest on it."""
     times = {key: [] for key in contestants}
     others = [key for key in contestants if key != reference]
     for number in rounds(seconds, title, max_rounds):
@@ -130,20 +132,23 @@ def compare(makers: dict, batches: Sequence[Tensor], reference: tuple, seconds: 
         max_rounds: of measurement.
 
     Returns:
-        {"case", "name", "ms", "ratio", "rounds", "differs", "n_dead", "version" of another library}; ms and ratio hold median, q1
-        and q3. A contestant that cannot run leaves {"case", "name", "failed"}.
+        {"case", "name", "ms", "ratio", "rounds", "differs", "n_dead", "version" of another library}; ms and ratio hold
+        median, q1 and q3. A contestant that cannot run leaves {"case", "name", "failed"}.
     """
     made, failed = ready(makers, batches)
     if reference not in made:
         raise RuntimeError(f"{reference[1]} is what all else is compared with, and it failed: {failed[reference]}")
-    extra = {key: {"workspace_bytes": workspace(contestant.step, batches[0])} for key, contestant in made.items()} if batches[0].is_cuda else {}
+    extra = {key: {"workspace_bytes": workspace(contestant.step, batches[0])} if batches[0].is_cuda else {}
+             for key, contestant in made.items()}
     times = interleave(made, batches, reference, seconds, title, max_rounds)
     rows = []
     for key, values in times.items():
-        about = {"differs": getattr(made[key], "differs", ""), **({"n_dead": made[key].n_dead()} if hasattr(made[key], "n_dead") else {})}
+        about = {"differs": getattr(made[key], "differs", ""),
+                 **({"n_dead": made[key].n_dead()} if hasattr(made[key], "n_dead") else {})}
         if hasattr(made[key], "distribution"):
             about["version"] = f"{made[key].distribution} {importlib.metadata.version(made[key].distribution)}"
-        rows.append({"case": key[0], "name": key[1], "ms": quartiles(values, 1e3), "rounds": len(values), **about, **extra.get(key, {}),
+        rows.append({"case": key[0], "name": key[1], "ms": quartiles(values, 1e3), "rounds": len(values), **about,
+                     **extra[key],
                      "ratio": quartiles([value / floor for value, floor in zip(values, times[reference])])})
     return rows + [{"case": case, "name": name, "failed": why} for (case, name), why in failed.items()]
 
@@ -153,7 +158,8 @@ import json, sys
 import torch
 from saelib import contestants, timing
 torch.set_num_threads(int(sys.argv[7]))
-contestants.Ours(contestants.Setting(16, 64, 2, 8), "topk", *sys.argv[5:7]).step(torch.randn(8, 16))  # loads what is loaded at first use
+small = contestants.Setting(16, 64, 2, 8)  # loads what is loaded at first use
+contestants.Ours(small, "topk", *sys.argv[5:7]).step(torch.randn(8, 16))
 timing.forget_peak()
 before = timing.peak_resident()
 setting = contestants.Setting(*map(int, sys.argv[1:5]))
@@ -166,18 +172,20 @@ sys.stdout.write(json.dumps(timing.peak_resident() - before))
 
 
 def forget_peak() -> None:
-    """Let the peak of resident memory begin anew from what is resident now: importing may have needed more for a moment."""
+    """Let the peak of resident memory begin anew from what is resident now: importing may have needed more."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_resident() -> int:
-    """The most memory this process has had resident, in bytes. Linux keeps it for each program; elsewhere there is none to read."""
+    """The most memory this process has had resident, in bytes. Linux keeps it for each program; elsewhere there is none
+    to read."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
 def peak_of_training(d_model: int, n_latents: int, k: int, batch_size: int, path: str, precision: str) -> int:
-    """Bytes by which the peak of three training steps in a fresh process lies above what was resident before it made the weights."""
+    """Bytes by which the peak of three training steps in a fresh process lies above what was resident before them."""
     arguments = [str(value) for value in (d_model, n_latents, k, batch_size, path, precision, torch.get_num_threads())]
-    done = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=True,
+                          cwd=Path(__file__).parents[1])
     return int(done.stdout)

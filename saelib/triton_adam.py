@@ -1,7 +1,7 @@
 """Adam row by row on the GPU, in Triton: gradient, clipping, step and unit norm in one pass over a matrix.
 
-Import this only where there is a GPU, or with TRITON_INTERPRET=1 set before. The plain twin is `train.Loop.update` on a CPU. Every
-function is deterministic. Bytes and operations are counted for n rows of d numbers.
+Import this only where there is a GPU, or with TRITON_INTERPRET=1 set before. The plain twin is `loop.Loop.update` on a
+CPU. Every function is deterministic. Bytes and operations are counted for n rows of d numbers.
 """
 import math
 from typing import no_type_check
@@ -40,8 +40,10 @@ def in_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.view(-1, math.gcd(tensor.numel(), 1024))
 
 
-def square_norm(grad: Float[Tensor, "n_latents d"], rows: Float[Tensor, "n_latents d"], unit: bool) -> Float[Tensor, ""]:
-    """‖t‖², the squared norm of what `adam_rows` will use of `grad`, for the global norm: t = g, or g_i - <g_i, w_i> w_i for unit rows.
+def square_norm(grad: Float[Tensor, "n_latents d"], rows: Float[Tensor, "n_latents d"],
+                unit: bool) -> Float[Tensor, ""]:
+    """‖t‖², the squared norm of what `adam_rows` will use of `grad`, for the global norm: t = g, or g_i - <g_i, w_i>
+    w_i for unit rows.
 
     Bytes: 4 n d, or 8 n d for unit rows. Operations: 2 n d, or 6 n d.
     """
@@ -53,7 +55,8 @@ def square_norm(grad: Float[Tensor, "n_latents d"], rows: Float[Tensor, "n_laten
 
 @triton.jit
 @no_type_check
-def _adam_rows(rows, grad, m, v, copy, clip, factors, d, beta1, rest1, beta2, rest2, eps, tiny, UNIT: tl.constexpr, COPY: tl.constexpr, BLOCK_D: tl.constexpr):
+def _adam_rows(rows, grad, m, v, copy, clip, factors, d, beta1, rest1, beta2, rest2, eps, tiny, UNIT: tl.constexpr,
+               COPY: tl.constexpr, BLOCK_D: tl.constexpr):
     """One row."""
     step_size, root = tl.load(factors), tl.load(factors + 1)
     row, column = tl.program_id(0), tl.arange(0, BLOCK_D)
@@ -78,7 +81,8 @@ def adam_rows(rows: Float[Tensor, "n_latents d"], grad: Float[Tensor, "n_latents
               beta2: float, eps: float, unit: bool, copy: Float[Tensor, "n_latents d"] | None = None) -> None:
     """One step of Adam in place on `rows`, `m` and `v`, in one pass: tangent gradient, clipping, Adam and unit norm.
 
-    t = clip (g - <g, w> w);  m <- β1 m + (1 - β1) t;  v <- β2 v + (1 - β2) t²;  w <- w - lr m̂ / (√v̂ + eps);  w <- w / ‖w‖
+    t = clip (g - <g, w> w);  m <- β1 m + (1 - β1) t;  v <- β2 v + (1 - β2) t²;
+    w <- w - lr m̂ / (√v̂ + eps);  w <- w / ‖w‖
 
     Args:
         rows, grad, m, v: float32, contiguous; `grad` is left as it is.
@@ -92,11 +96,12 @@ def adam_rows(rows: Float[Tensor, "n_latents d"], grad: Float[Tensor, "n_latents
     """
     require(copy is None or copy.is_contiguous() and copy.shape == rows.shape, "copy", copy, "contiguous, as rows are")
     for name, tensor in {"rows": rows, "grad": grad, "m": m, "v": v}.items():
-        require(tensor.is_contiguous() and tensor.dtype == torch.float32, name, f"{tensor.dtype} with strides {tensor.stride()}",
-                "float32 and contiguous")
+        require(tensor.is_contiguous() and tensor.dtype == torch.float32, name,
+                f"{tensor.dtype} with strides {tensor.stride()}", "float32 and contiguous")
     n, d = rows.shape
-    _adam_rows[(n,)](rows, grad, m, v, rows if copy is None else copy, clip, factors, d, beta1, 1 - beta1, beta2, 1 - beta2, eps,
-                     torch.finfo(torch.float32).tiny, unit, copy is not None, triton.next_power_of_2(d), num_warps=8)
+    _adam_rows[(n,)](rows, grad, m, v, rows if copy is None else copy, clip, factors, d, beta1, 1 - beta1, beta2,
+                     1 - beta2, eps, torch.finfo(torch.float32).tiny, unit, copy is not None, triton.next_power_of_2(d),
+                     num_warps=8)
 
 
 def adam_factors(lr: Float[Tensor, ""], step: Float[Tensor, ""], beta1: float, beta2: float) -> Float[Tensor, "2"]:

@@ -10,8 +10,8 @@ from saelib.methods import METHODS, ReLU, TopK
 
 
 class ReLUShort(ReLU):
-    """ReLU with L1 whose encoder starts with rows of length 1 / sqrt(3), as long as torch makes those of a linear layer: entries
-    uniform in ±1 / sqrt(d_model).
+    """ReLU with L1 whose encoder starts with rows of length 1 / sqrt(3), as long as torch makes those of a linear
+    layer: entries uniform in ±1 / sqrt(d_model).
 
     Paper: Appendix A.1 (the baselines keep that length; here only TopK has another)
     """
@@ -84,4 +84,5 @@ class StraightThroughTopK(TopK):
         return latents + pre_acts - pre_acts.detach()
 
 
-METHODS |= {method.key: method for method in (ReLUShort, ReLUL2, ReLUSmooth, ReLUSmoother, ReLUSmoothest, ReLUSubgradient, StraightThroughTopK)}
+METHODS |= {method.key: method for method in (ReLUShort, ReLUL2, ReLUSmooth, ReLUSmoother, ReLUSmoothest,
+                                              ReLUSubgradient, StraightThroughTopK)}

@@ -24,16 +24,19 @@ class Verdict(UserDict):
         css = self["verdict"].replace(" ", "-")
         rows = "".join(f"<dt>{name}</dt><dd>{html.escape(self[key])}</dd>" for name, key in
                        (("Criterion", "criterion"), ("Paper", "paper"), ("Here", "ours")))
-        box = (f'<div class="verdict {css}" id="{anchor(self["id"])}"><p class="verdict-title"><strong>{self["id"]}: {self["verdict"]}.</strong> '
+        box = (f'<div class="verdict {css}" id="{anchor(self["id"])}"><p class="verdict-title"><strong>{self["id"]}: '
+               f'{self["verdict"]}.</strong> '
                f'{html.escape(self["claim"])}</p><dl>{rows}</dl></div>')
-        return {"text/plain": f"{self['id']} {self['verdict']}: {self['ours']}", "text/html": box, VERDICT_MIME: dict(self)}
+        return {"text/plain": f"{self['id']} {self['verdict']}: {self['ours']}", "text/html": box,
+                VERDICT_MIME: dict(self)}
 
 
 class Numbers(UserDict):
     """Numbers of a run that the prose quotes by name."""
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
-        lines = [f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}" for name, value in self.items()]
+        lines = [f"{name} = {value:.4g}" if isinstance(value, float) else f"{name} = {value}"
+                 for name, value in self.items()]
         return {"text/plain": "\n".join(lines), NUMBERS_MIME: dict(self)}
 
 

@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 
 SAELIB = Path(__file__).parents[1] / "saelib"
-ORDER = ["checks", "normalisation", "files", "modes", "cache", "checkpoints", "losses", "triton_adam", "triton_kernels", "triton_select", "selection", "products", "pairs", "kernels", "native", "dense", "methods", "variants", "sae", "metrics", "auxk", "graphs", "train", "sources", "texts", "subjects", "origin", "runs", "formats", "sweeps", "refine", "frontiers", "profiles", "contestants", "peers", "timing", "parts", "speed_rows", "bench", "labels", "plots", "speed_plots", "criteria", "claims", "verdicts", "definitions"]
+ORDER = ["checks", "normalisation", "files", "modes", "cache", "checkpoints", "losses", "triton_adam",
+         "triton_kernels", "triton_select", "selection", "products", "pairs", "kernels", "native", "dense", "methods",
+         "variants", "sae", "metrics", "auxk", "graphs", "loop", "train", "sources", "texts", "subjects", "auto",
+         "origin", "runs", "formats", "sweeps", "refine", "frontiers", "profiles", "contestants", "peers", "timing",
+         "parts",
+         "speed_rows", "data_bench", "bench", "marks", "plots", "speed_plots", "criteria", "speed_criteria", "claims",
+         "verdicts", "definitions"]
 MODULES = sorted(p for p in SAELIB.glob("*.py") if p.name != "__init__.py")
 
 
@@ -14,7 +20,8 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" if node.module == "saelib" else node.module for alias in node.names)
+            yield from (f"{node.module}.{alias.name}" if node.module == "saelib" else node.module
+                        for alias in node.names)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
@@ -51,4 +58,5 @@ def test_the_key_of_cached_activations_covers_every_module_that_makes_them():
     from saelib import subjects
     makers = {Path(module.__file__) for module in (subjects, *subjects.MAKERS)}
     own = {name.split(".")[1] for path in makers for name in imports(path) if name.startswith("saelib.")}
-    assert own - {path.stem for path in makers} == {"checks", "files", "products"}  # these refuse, write, and name the type
+    # these refuse, write, and name the type
+    assert own - {path.stem for path in makers} == {"checks", "files", "products"}

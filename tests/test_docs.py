@@ -46,7 +46,8 @@ def test_the_five_lines_for_your_own_activations_run(tmp_path, monkeypatch):
     exec(blocks(ROOT / "book" / "rerun.md", "python")[1], named)
     assert named["latents"].shape == (300, 64)
     ids = torch.randn(2, 5, 12)
-    torch.testing.assert_close(block(ids), named["sae"](torch.nn.functional.linear(ids, block.weight, block.bias)))  # the hook is at work
+    # the hook is at work
+    torch.testing.assert_close(block(ids), named["sae"](torch.nn.functional.linear(ids, block.weight, block.bias)))
 
 
 def test_the_lines_for_many_runs_run(tmp_path, monkeypatch):
@@ -54,7 +55,9 @@ def test_the_lines_for_many_runs_run(tmp_path, monkeypatch):
     code = next(block for block in blocks(ROOT / "book" / "rerun.md", "python") if "RunConfig" in block)
     named = {}
     exec(code.replace('"pygpt"', '"synthetic"').replace("300_000", "2_000").replace("1024", "64"), named)
-    assert len(named["rows"]) == 4 and named["sae"].method.sparsity == 32 and len(list((tmp_path / "runs" / "mine").iterdir())) == 4
+    assert len(named["rows"]) == 4
+    assert named["sae"].method.sparsity == 32
+    assert len(list((tmp_path / "runs" / "mine").iterdir())) == 4
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -51,7 +51,8 @@ def test_every_context_shows_the_activations_of_its_tokens_and_of_the_twin(toy, 
         for window, start, peak, end, fires, twin in latent["contexts"]:
             assert text[str(window)] == toy.ids[window].tolist()
             assert own[window, :, i].argmax() == peak and start <= peak < end
-            for pairs, z in ((fires, own[window, start:end, i]), (twin, theirs[window, start:end, index["saes"][key]["twin"][i]])):
+            for pairs, z in ((fires, own[window, start:end, i]),
+                             (twin, theirs[window, start:end, index["saes"][key]["twin"][i]])):
                 shown = torch.zeros(end - start)
                 shown[torch.tensor(pairs[::2], dtype=torch.int64)] = torch.tensor(pairs[1::2]).float() / 1000
                 assert torch.allclose(shown, z, atol=6e-4)

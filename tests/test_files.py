@@ -40,7 +40,8 @@ def test_a_kill_between_two_moves_leaves_nothing_that_loads_and_the_next_save_go
 
 def test_a_file_of_another_set_is_refused_and_left(tmp_path):
     (tmp_path / "sae.safetensors").write_text("of something else")
-    with pytest.raises(ValueError, match="folder is .*: it must be another one: sae.safetensors lies there, and no sae.json with it"):
+    with pytest.raises(ValueError, match="folder is .*: it must be another one: sae.safetensors lies there, and no "
+                       "sae.json with it"):
         saelib.SAE(4, 16, "topk", 2).save(tmp_path)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["of something else"]
 

@@ -1,7 +1,8 @@
-"""SAEs in the files of other libraries. Each library's forward pass is written out here from its definition, for raw activations; where the
-library is installed, it is asked itself."""
+"""SAEs in the files of other libraries. Each library's forward pass is written out here from its definition, for raw
+activations; where the library is installed, it is asked itself."""
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from saelib.sae import SAE
 
 D, N, K = 12, 40, 5
 X = 3 * torch.randn(50, D, generator=torch.Generator().manual_seed(0)) + 1
-CASES = [("saelens", "topk", "none"), ("saelens", "topk", UNIT_NORM), ("saelens", "multi_topk", UNIT_NORM), ("saelens", "relu", "none"),
-         ("saelens", "relu", UNIT_NORM), ("saelens", "batchtopk", UNIT_NORM), ("sparsify", "topk", "none"), ("sparsify", "multi_topk", "none"),
-         ("sparsify", "topk", UNIT_NORM), ("dictionary_learning", "topk", "none"), ("dictionary_learning", "multi_topk", "none"),
-         ("dictionary_learning", "relu", UNIT_NORM),
+CASES = [("saelens", "topk", "none"), ("saelens", "topk", UNIT_NORM), ("saelens", "multi_topk", UNIT_NORM),
+         ("saelens", "relu", "none"),
+         ("saelens", "relu", UNIT_NORM), ("saelens", "batchtopk", UNIT_NORM), ("sparsify", "topk", "none"),
+         ("sparsify", "multi_topk", "none"),
+         ("sparsify", "topk", UNIT_NORM), ("dictionary_learning", "topk", "none"),
+         ("dictionary_learning", "multi_topk", "none"), ("dictionary_learning", "relu", UNIT_NORM),
          ("openai", "topk", UNIT_NORM), ("openai", "multi_topk", UNIT_NORM), ("openai", "relu", "none")]
 WITHOUT = [case for case in CASES if case[0] in ("sparsify", "dictionary_learning")]  # these do nothing to their inputs
 
@@ -111,8 +114,11 @@ def test_what_was_written_comes_back(format, method, normalisation, tmp_path):
 
 @pytest.mark.parametrize("centred", [True, False])
 def test_a_saelens_sae_with_rows_of_any_norm_and_an_input_that_is_not_centred_is_folded(centred, tmp_path):
-    formats.save(make("topk", "none"), tmp_path, "saelens")
-    about = json.loads((tmp_path / "cfg.json").read_text()) | {"apply_b_dec_to_input": centred, "rescale_acts_by_decoder_norm": True}
+    sae = make("topk", "none")
+    sae.W_dec.data *= torch.linspace(0.5, 2, N)[:, None]
+    formats.save(sae, tmp_path, "saelens")
+    about = json.loads((tmp_path / "cfg.json").read_text()) | {"apply_b_dec_to_input": centred,
+                                                               "rescale_acts_by_decoder_norm": True}
     (tmp_path / "cfg.json").write_text(json.dumps(about))
     w = load_file(tmp_path / "sae_weights.safetensors")
     norm = w["W_dec"].norm(dim=1)
@@ -127,7 +133,9 @@ def test_a_topk_sae_that_saelens_wrote_before_version_6_is_read_as_topk(tmp_path
     formats.save(sae, tmp_path, "saelens")
     about = json.loads((tmp_path / "cfg.json").read_text())
     del about["k"]
-    (tmp_path / "cfg.json").write_text(json.dumps(about | {"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}))
+    (tmp_path / "cfg.json").write_text(json.dumps(about
+                                                  | {"architecture": "standard", "activation_fn_str": "topk",
+                                                     "activation_fn_kwargs": {"k": K}}))
     back = formats.load(tmp_path, "saelens")
     assert (back.method.key, back.method.sparsity) == ("topk", K)
     torch.testing.assert_close(back(X), sae(X), rtol=1e-5, atol=1e-5)
@@ -150,7 +158,8 @@ def test_damaged_files_are_one_line_that_names_the_folder(format, tmp_path):
 
 
 @pytest.mark.parametrize("format, method, normalisation, message", [
-    ("saelens2", "topk", "none", "format is 'saelens2': it must be one of saelens, sparsify, dictionary_learning, openai"),
+    ("saelens2", "topk", "none", "format is 'saelens2': it must be one of saelens, sparsify, dictionary_learning, "
+     "openai"),
     ("sparsify", "relu", "none", "method is 'relu': it must be topk or multi_topk"),
     ("dictionary_learning", "batchtopk", "none", "method is 'batchtopk': it must be one of topk, multi_topk, relu"),
     ("openai", "topk", "none", "normalisation is 'none': it must be 'unit_norm' for a topk SAE"),
@@ -167,7 +176,8 @@ def test_metadata_is_kept_where_there_is_a_place_for_it(tmp_path):
     formats.save(make("batchtopk", "none"), tmp_path, "saelens", **about)
     kept = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
     assert about.items() <= kept.items() and kept["k"] == K
-    with pytest.raises(ValueError, match="format is 'sparsify': it must be 'saelens' to keep model_name, hook_name, prepend_bos"):
+    with pytest.raises(ValueError, match="format is 'sparsify': it must be 'saelens' to keep model_name, hook_name, "
+                       "prepend_bos"):
         formats.save(make("topk", "none"), tmp_path / "new", "sparsify", **about)
     assert not (tmp_path / "new").exists()
 
@@ -183,7 +193,8 @@ def test_a_jumprelu_sae_with_a_threshold_for_each_latent_is_refused(tmp_path):
     tensors = load_file(tmp_path / "sae_weights.safetensors")
     tensors["threshold"][3] += 1
     save_file(tensors, tmp_path / "sae_weights.safetensors")
-    with pytest.raises(ValueError, match="architecture is 'jumprelu': it must be a BatchTopK SAE's, with one threshold for all latents"):
+    with pytest.raises(ValueError, match="architecture is 'jumprelu': it must be a BatchTopK SAE's, with one threshold "
+                       "for all latents"):
         formats.load(tmp_path, "saelens")
 
 
@@ -192,10 +203,12 @@ def test_a_jumprelu_sae_with_a_threshold_for_each_latent_is_refused(tmp_path):
     ("saelens", {"activation_fn_str": "tanh-relu"}, "activation_fn is 'tanh-relu': it must be"),
     ("saelens", {"finetuning_scaling_factor": True}, "finetuning_scaling_factor is True: it must be"),
     ("saelens", {"reshape_activations": "hook_z"}, "reshape_activations is 'hook_z': it must be"),
-    ("saelens", {"normalize_activations": "expected_average_only_in"}, "normalize_activations is 'expected_average_only_in': it must be"),
+    ("saelens", {"normalize_activations": "expected_average_only_in"},
+     "normalize_activations is 'expected_average_only_in': it must be"),
     ("sparsify", {"activation": "groupmax"}, "activation is 'groupmax': it must be"),
     ("sparsify", {"transcode": True}, "transcode is True: it must be"),
-    ("dictionary_learning", {"trainer": {"dict_class": "GatedAutoEncoder"}}, "dict_class is 'GatedAutoEncoder': it must be"),
+    ("dictionary_learning", {"trainer": {"dict_class": "GatedAutoEncoder"}},
+     "dict_class is 'GatedAutoEncoder': it must be"),
 ])
 def test_an_architecture_that_is_not_here_is_named(format, changed, message, tmp_path):
     formats.save(make("topk", "none"), tmp_path, format)
@@ -215,7 +228,8 @@ def asked(library, folder, x):
     if library == "sparsify":
         theirs = importlib.import_module("sparsify").SparseCoder.load_from_disk(folder)
         values, places, _ = theirs.encode(x)
-        return torch.zeros(len(x), N).scatter(1, places, values), theirs.b_dec + torch.zeros(len(x), N).scatter(1, places, values) @ theirs.W_dec
+        latents = torch.zeros(len(x), N).scatter(1, places, values)
+        return latents, theirs.b_dec + latents @ theirs.W_dec
     theirs, _ = importlib.import_module("dictionary_learning.utils").load_dictionary(str(folder), "cpu")
     return theirs.encode(x), theirs(x)
 
@@ -240,7 +254,8 @@ def test_metadata_that_json_can_not_hold_leaves_what_was_there(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize(("format", "file", "name"), [("saelens", "sae_weights.safetensors", "b_enc"), ("sparsify", "sae.safetensors", "b_dec")])
+@pytest.mark.parametrize(("format", "file", "name"), [("saelens", "sae_weights.safetensors", "b_enc"),
+                                                      ("sparsify", "sae.safetensors", "b_dec")])
 def test_a_tensor_of_another_shape_is_named_and_not_broadcast(format, file, name, tmp_path):
     formats.save(make("topk", "none"), tmp_path, format)
     tensors = load_file(tmp_path / file)
@@ -250,9 +265,14 @@ def test_a_tensor_of_another_shape_is_named_and_not_broadcast(format, file, name
 
 
 @pytest.mark.parametrize("format, file, changes, message", [
-    ("saelens", "cfg.json", {"d_sae": 99}, "n_latents is 99: it must be 40, as the encoder has it"), ("saelens", "cfg.json", {"d_in": 99}, "d_model is 99: it must be 12"),
-    ("sparsify", "cfg.json", {"num_latents": 7}, "n_latents is 7: it must be 40"), ("sparsify", "cfg.json", {"d_in": 9}, "d_model is 9: it must be 12"),
-    ("dictionary_learning", "config.json", {"trainer": {"dict_class": "AutoEncoderTopK", "dict_size": 7}}, "n_latents is 7: it must be 40")])
+    ("saelens", "cfg.json", {"d_sae": 99}, "n_latents is 99: it must be 40, as the encoder has it"),
+                                                            ("saelens", "cfg.json", {"d_in": 99},
+                                                             "d_model is 99: it must be 12"),
+    ("sparsify", "cfg.json", {"num_latents": 7}, "n_latents is 7: it must be 40"),
+                                                            ("sparsify", "cfg.json", {"d_in": 9},
+                                                             "d_model is 9: it must be 12"),
+    ("dictionary_learning", "config.json", {"trainer": {"dict_class": "AutoEncoderTopK", "dict_size": 7}},
+     "n_latents is 7: it must be 40")])
 def test_sizes_that_a_file_states_are_those_of_its_weights(format, file, changes, message, tmp_path):
     formats.save(make("topk", "none"), tmp_path, format)
     (tmp_path / file).write_text(json.dumps(json.loads((tmp_path / file).read_text()) | changes))
@@ -267,3 +287,22 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path):
     save_file(tensors, tmp_path / "sae.safetensors")
     with pytest.raises(ValueError, match="W_dec is 'a tensor with NaN or Inf': it must be of finite numbers"):
         formats.load(tmp_path, "sparsify")
+
+
+class Spell:
+    """What a pickle from a stranger may do when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("format, name", [("openai", "autoencoder.pt"), ("dictionary_learning", "ae.pt")])
+def test_reading_an_sae_runs_no_code_of_its_file(format, name, tmp_path):
+    formats.save(make("topk", "unit_norm"), tmp_path, format)
+    torch.save({"activation": Spell(tmp_path / "cast")}, tmp_path / name)
+    with pytest.raises(ValueError, match=f"hold an SAE in the format '{format}'"):
+        formats.load(tmp_path, format)
+    assert not (tmp_path / "cast").exists()

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from saelib import dense, kernels, pairs
+from saelib import dense, kernels, native, pairs
 from saelib.sae import SAE
 
 SHAPES = [(7, 5, 11, 3), (64, 33, 100, 1), (300, 16, 64, 64), (1, 1, 1, 1), (513, 24, 300, 17)]  # batch, d, n, k
@@ -29,7 +29,8 @@ def through(sae, x, path, precision="fp32"):
 @pytest.mark.parametrize("batch, d, n, k", SHAPES)
 @pytest.mark.parametrize("method", ["topk", "batchtopk"])
 def test_sparse_and_dense_agree_forward_and_backward(batch, d, n, k, method):
-    sae, x = make(d, n, k, method=method), torch.randn(batch, d, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    sae = make(d, n, k, method=method)
+    x = torch.randn(batch, d, generator=torch.Generator().manual_seed(1), requires_grad=True)
     for ours, twin in zip(through(sae, x, "sparse"), through(sae, x, "dense")):
         torch.testing.assert_close(ours, twin, rtol=1e-4, atol=2e-4)
 
@@ -47,7 +48,8 @@ def test_multi_topk_asks_the_sparse_path_and_its_dense_twin_for_the_same():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("share", [0.5, 0.03, 0.0])
 def test_the_relu_path_and_its_dense_twin_agree_forward_and_backward(batch, d, n, precision, share):
-    sae, x = make(d, n, 0.1, method="relu"), torch.randn(batch, d, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    sae = make(d, n, 0.1, method="relu")
+    x = torch.randn(batch, d, generator=torch.Generator().manual_seed(1), requires_grad=True)
     with torch.no_grad():
         sae.b_enc -= sae.pre_acts(x).flatten().quantile(1 - share) + (0 if share else 1)
     latents = sae.encode(x)
@@ -104,7 +106,8 @@ def test_the_three_products_are_those_of_the_sparse_matrix():
     generator = torch.Generator().manual_seed(0)
     indices = torch.stack([torch.randperm(9, generator=generator)[:4] for _ in range(20)]).int()
     values, tokens, rows = torch.randn(20, 4), torch.randn(20, 6), torch.randn(9, 6)
-    check_products(pairs.Active(indices, 9), values, torch.zeros(20, 9).scatter_(1, indices.long(), values), tokens, rows)
+    check_products(pairs.Active(indices, 9), values, torch.zeros(20, 9).scatter_(1, indices.long(), values), tokens,
+                   rows)
 
 
 def test_tokens_may_have_different_numbers_of_active_latents_and_none():
@@ -112,7 +115,8 @@ def test_tokens_may_have_different_numbers_of_active_latents_and_none():
     matrix[[0, 7, 19]], matrix[5], matrix[:, 4] = 0, 1, 0  # tokens with none and with all, a latent without tokens
     tokens, indices = matrix.nonzero(as_tuple=True)
     starts = torch.cat([torch.zeros(1), (matrix != 0).sum(1).cumsum(0)]).int()
-    check_products(pairs.Active(indices.int(), 9, starts), matrix[tokens, indices], matrix, torch.randn(20, 6), torch.randn(9, 6))
+    check_products(pairs.Active(indices.int(), 9, starts), matrix[tokens, indices], matrix, torch.randn(20, 6),
+                   torch.randn(9, 6))
 
 
 def check_products(active, values, matrix, tokens, rows):
@@ -120,7 +124,8 @@ def check_products(active, values, matrix, tokens, rows):
     torch.testing.assert_close(active.sum_tokens(values, tokens), matrix.t() @ tokens)
     torch.testing.assert_close(active.sum_latents(values), matrix.sum(0))
     owner = torch.arange(len(matrix)).repeat_interleave(active.starts.diff())
-    torch.testing.assert_close(active.dot(tokens, rows).reshape(-1), (tokens @ rows.t())[owner, active.indices.reshape(-1).long()])
+    torch.testing.assert_close(active.dot(tokens, rows).reshape(-1),
+                               (tokens @ rows.t())[owner, active.indices.reshape(-1).long()])
 
 
 def test_a_tie_keeps_exactly_k():
@@ -154,7 +159,8 @@ def test_bf16_selection_counts_the_bias_in_what_it_chooses_and_returns():
     generator = torch.Generator().manual_seed(0)
     x, W_enc, b_enc = (torch.randn(*size, generator=generator) for size in ((50, 16), (256, 16), (256,)))
     values, _ = kernels.select(x, W_enc, 20 * b_enc, 8, "bf16")
-    torch.testing.assert_close(values.sort(1).values, (x @ W_enc.t() + 20 * b_enc).topk(8, dim=1).values.flip(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(values.sort(1).values, (x @ W_enc.t() + 20 * b_enc).topk(8, dim=1).values.flip(1),
+                               rtol=1e-4, atol=1e-4)
 
 
 def test_only_latents_with_a_positive_value_have_fired():
@@ -162,7 +168,9 @@ def test_only_latents_with_a_positive_value_have_fired():
     with torch.no_grad():
         sae.b_enc[:3] = -100.0
     out = sae.run(x)
-    assert out.active.indices.unique().numel() == 6 and torch.equal(out.fired(), (sae.encode(x) > 0).any(0)) and not out.fired()[:3].any()
+    assert out.active.indices.unique().numel() == 6
+    assert torch.equal(out.fired(), (sae.encode(x) > 0).any(0))
+    assert not out.fired()[:3].any()
 
 
 def test_gradients_agree_with_finite_differences():
@@ -175,3 +183,17 @@ def test_gradients_agree_with_finite_differences():
 
     for wanted in (both, lambda *tensors: both(*tensors)[0], lambda *tensors: both(*tensors)[1]):
         assert torch.autograd.gradcheck(wanted, inputs, eps=1e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("method, shift", [("topk", 0.0), ("relu", 0.0), ("relu", -3.0)])
+@pytest.mark.parametrize("path", ["sparse", "native"])
+def test_a_second_derivative_is_refused_and_not_wrong(method, shift, path):
+    if path == "native" and not native.available():
+        pytest.skip(f"no compiled parts here: {native.build()}")
+    sae = make(32, 160, 3 if method == "topk" else 0.1, method=method)
+    sae.b_enc.data += 6 * shift  # few active latents of a ReLU go another way
+    x = torch.randn(5, 32, requires_grad=True)
+    with pytest.raises(RuntimeError, match="a sparse path, unlike path='dense', has a first derivative only"):
+        torch.autograd.grad(sae.run(x, path).x_hat.pow(3).sum(), x, create_graph=True)
+    grad, = torch.autograd.grad(sae.run(x, "dense").x_hat.pow(3).sum(), x, create_graph=True)
+    assert torch.autograd.grad(grad.square().sum(), sae.W_enc)[0].any()

@@ -14,14 +14,16 @@ from tools.run import code_hash
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("[!.]*.ipynb"))
 URL = "https://github.com/someone/fork"
-STUB_PIP = "import os, sys; open(os.environ['ASKED'], 'a').write(' '.join(sys.argv[1:])); sys.exit(int(os.environ['PIP_EXIT']))"
+STUB_PIP = ("import os, sys; open(os.environ['ASKED'], 'a').write(' '.join(sys.argv[1:])); "
+            "sys.exit(int(os.environ['PIP_EXIT']))")
 
 
 def launch(python, folder, source, pip_exit=0, pip_folder=""):
     """Run the cell. Returns the finished process, and what pip was asked for."""
     asked = folder / "asked"
     environment = os.environ | {"ASKED": str(asked), "PIP_EXIT": str(pip_exit), "PYTHONPATH": str(pip_folder)}
-    done = subprocess.run([str(python), "-c", source], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([str(python), "-c", source], cwd=folder, env=environment, capture_output=True, text=True,
+                          check=False)
     return done, asked.read_text() if asked.exists() else ""
 
 
@@ -68,7 +70,8 @@ def test_every_notebook_begins_with_the_launch_cell_of_this_repository(path):
 
 def test_the_launch_cell_comes_once_keeps_the_outputs_and_leaves_the_hash():
     shown = new_output("execute_result", {"text/plain": "1"}, execution_count=1)
-    notebook = new_notebook(cells=[new_markdown_cell("# Toy"), new_code_cell("1", execution_count=1, outputs=[shown]), new_code_cell("2")])
+    notebook = new_notebook(cells=[new_markdown_cell("# Toy"), new_code_cell("1", execution_count=1, outputs=[shown]),
+                                   new_code_cell("2")])
     before = code_hash(notebook)
     for url in (None, URL, URL):
         put_launch_cell(notebook, url)

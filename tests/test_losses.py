@@ -37,4 +37,5 @@ def test_auxk_is_zero_where_all_tokens_leave_the_same_over(residual):
 def test_a_second_derivative_of_the_squared_error_is_refused_and_not_wrong():
     weight = torch.ones(3, 4, requires_grad=True)
     with pytest.raises(RuntimeError, match="squared_error has a first derivative only"):
-        torch.autograd.grad(losses.squared_error(torch.randn(5, 4), torch.ones(5, 3) @ weight), weight, create_graph=True)
+        torch.autograd.grad(losses.squared_error(torch.randn(5, 4), torch.ones(5, 3) @ weight), weight,
+                            create_graph=True)

@@ -88,6 +88,21 @@ def test_multi_topk_adds_the_loss_at_4k_and_not_the_loss_of_summed_activations()
 
 
 @pytest.mark.parametrize("path", ["sparse", "dense"])
+def test_multi_topk_takes_all_latents_where_4k_would_be_more(path):
+    sae, x = SAE(5, 20, "multi_topk", 8), torch.randn(6, 5)
+    expected = (sae.decode(torch.relu(sae.pre_acts(x))) - x).pow(2).sum(1).mean() / 8
+    torch.testing.assert_close(sae.method.penalty(sae, x, sae.run(x, path))["multi_topk"], expected)
+
+
+def test_a_method_without_a_k_has_no_sparsity_by_default():
+    assert SAE(8, 40).method.k == 32 == saelib.SAE(8, 40, "batchtopk").method.k
+    with pytest.raises(ValueError, match="sparsity is None: it must be an L1 coefficient for 'relu'"):
+        SAE(8, 40, "relu")
+    with pytest.raises(ValueError, match="sparsity is None: it must be an L1 coefficient for 'relu'"):
+        saelib.fit(torch.randn(50, 8), "relu", n_latents=40, n_tokens=50, progress=False)
+
+
+@pytest.mark.parametrize("path", ["sparse", "dense"])
 def test_batchtopk_keeps_k_a_token_on_average_and_gives_more_to_tokens_that_need_more(path):
     sae, x = SAE(16, 40, "batchtopk", 3), torch.randn(200, 16) * torch.linspace(0.1, 3, 200)[:, None]
     l0 = (sae.run(x, path).latents > 0).sum(1)
@@ -95,20 +110,19 @@ def test_batchtopk_keeps_k_a_token_on_average_and_gives_more_to_tokens_that_need
 
 
 def test_the_threshold_of_batchtopk_is_the_mean_of_the_cuts_and_then_a_running_one():
-    method, cuts = methods.BatchTopK(40, 3), [3.0, 1.0, 2.0, *[4.0] * 200]
+    method, cuts = methods.BatchTopK(40, 3), [3.0, 1.0, 2.0, -5.0, 4.0, 4.0]
     for n, cut in enumerate(cuts, 1):
         method.remember(torch.tensor(cut))
-        if n == 10:
-            expected = method.threshold.item()
-            assert expected == pytest.approx(sum(cuts[:10]) / 10, rel=1e-5)
-    for cut in cuts[10:]:
-        expected += 0.1 * (cut - expected)
-    assert method.threshold.item() == pytest.approx(expected, rel=1e-4)
+        if n == 2:
+            assert method.threshold.item() == 2
+    # ((((2 + 2) / 2 + 0) / 2 + 4) / 2 + 4) / 2: a cut below 0 counts as 0
+    assert method.threshold.item() == 3.25
 
 
 def test_after_a_short_run_batchtopk_still_keeps_about_k_on_held_out_tokens():
     source = saelib.sources.synthetic(20_000, d_model=32, n_features=96, l0=4, seed=1)
-    l0 = saelib.fit(source, "batchtopk", 4, n_latents=96, n_tokens=100 * 256, batch_size=256, lr=8e-3, progress=False).metrics["l0"]
+    l0 = saelib.fit(source, "batchtopk", 4, n_latents=96, n_tokens=100 * 256, batch_size=256, lr=8e-3,
+                    progress=False).metrics["l0"]
     assert 3.7 < l0 < 4.3
 
 

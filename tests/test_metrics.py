@@ -30,7 +30,8 @@ def test_predicting_the_mean_has_normalized_mse_one_whatever_the_shift_scale_and
 
 def test_the_mean_that_is_given_is_the_trivial_predictor():
     x, mean = torch.randn(100, 5) + 3, torch.linspace(-1, 1, 5)
-    assert saelib.evaluate(Fixed(5, lambda b: mean.expand_as(b)), x, mean)["normalized_mse"] == pytest.approx(1, abs=1e-5)
+    assert saelib.evaluate(Fixed(5, lambda b: mean.expand_as(b)), x,
+                           mean)["normalized_mse"] == pytest.approx(1, abs=1e-5)
 
 
 def test_half_the_centred_activation_has_normalized_mse_a_quarter():
@@ -43,6 +44,13 @@ def test_a_constant_bias_counts_in_normalized_mse_and_hides_from_explained_varia
     x = torch.randn(1000, 5)
     measured = saelib.evaluate(Fixed(5, lambda b: b + 1), x)
     assert measured["normalized_mse"] > 0.9 and abs(measured["explained_variance"] - 1) < 1e-5
+
+
+def test_explained_variance_is_about_the_mean_of_what_is_measured_whatever_mean_is_given():
+    x = torch.randn(50, 4) + 3
+    sae = Fixed(4, lambda b: b / 2)
+    assert (saelib.evaluate(sae, x, torch.zeros(4))["explained_variance"]
+            == pytest.approx(saelib.evaluate(sae, x)["explained_variance"]))
 
 
 def test_the_split_into_batches_changes_nothing():
@@ -63,9 +71,11 @@ def test_l1_is_a_tokens_sum_and_only_fewer_than_k_active_latents_are_short():
     sae = SAE(2, 3, "topk", 2)
     with torch.no_grad():
         sae.W_enc.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]))
-    measured = saelib.evaluate(sae, torch.tensor([[1.0, 1.0], [2.0, 1.0], [1.0, -2.0], [3.0, 1.0]]))  # latents (1, 1, 0), (2, 1, 0), (1, 0, 1), (3, 1, 0)
+    # latents (1, 1, 0), (2, 1, 0), (1, 0, 1), (3, 1, 0)
+    measured = saelib.evaluate(sae, torch.tensor([[1.0, 1.0], [2.0, 1.0], [1.0, -2.0], [3.0, 1.0]]))
     assert measured["l1"] == 11 / 4 and measured["short_fraction"] == 0
-    measured = saelib.evaluate(sae, torch.tensor([[1.0, 1.0], [2.0, 1.0], [1.0, -0.5], [3.0, 1.0]]))  # the third is (1, 0, 0)
+    # the third is (1, 0, 0)
+    measured = saelib.evaluate(sae, torch.tensor([[1.0, 1.0], [2.0, 1.0], [1.0, -0.5], [3.0, 1.0]]))
     assert measured["l1"] == 10 / 4 and measured["short_fraction"] == 0.25
 
 
@@ -98,7 +108,9 @@ def test_evaluating_changes_nothing():
 def test_where_nothing_differs_there_is_nothing_to_explain():
     sae, x = SAE(6, 20, "topk", 3), torch.full((5, 6), 0.3)
     measured = saelib.evaluate(sae, x)
-    assert math.isnan(measured["normalized_mse"]) and math.isnan(measured["explained_variance"]) and measured["n_tokens"] == 5
+    assert math.isnan(measured["normalized_mse"])
+    assert math.isnan(measured["explained_variance"])
+    assert measured["n_tokens"] == 5
     about_zero = saelib.evaluate(sae, x, mean=torch.zeros(6))
     assert about_zero["normalized_mse"] > 0 and math.isnan(about_zero["explained_variance"])
 
@@ -129,16 +141,19 @@ def test_l1_of_a_half_precision_sae_has_room():
 
 def test_an_sae_of_normalised_activations_is_judged_on_such():
     sae, raw = SAE(6, 9, "topk", 2, normalisation="unit_norm"), torch.randn(50, 6) * 3
-    with pytest.raises(ValueError, match="x is 'with a vector of norm .*': it must be what .SAE.normalised. makes of activations"):
+    with pytest.raises(ValueError, match="x is 'with a vector of norm .*': it must be what .SAE.normalised. makes of "
+                       "activations"):
         saelib.evaluate(sae, raw)
-    half = saelib.evaluate(sae, torch.cat([sae.normalised(raw), torch.zeros(1, 6)]).half())  # of a constant vector nothing is left
+    # of a constant vector nothing is left
+    half = saelib.evaluate(sae, torch.cat([sae.normalised(raw), torch.zeros(1, 6)]).half())
     assert half["n_tokens"] == 51 and saelib.evaluate(SAE(6, 9, "topk", 2), raw)["n_tokens"] == 50
 
 
 def test_an_sae_of_normalised_activations_encodes_such_and_no_others():
     sae, raw = SAE(6, 9, "topk", 2, normalisation="unit_norm"), torch.randn(2, 25, 6) * 3
     assert sae.encode(sae.normalised(raw)).shape == (2, 25, 9)
-    with pytest.raises(ValueError, match="x is 'with a vector of norm .*': it must be what .SAE.normalised. makes of activations"):
+    with pytest.raises(ValueError, match="x is 'with a vector of norm .*': it must be what .SAE.normalised. makes of "
+                       "activations"):
         sae.encode(raw)
 
 

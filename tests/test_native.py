@@ -1,4 +1,5 @@
-"""The compiled parts against the stock ones and the dense twin. They are skipped, with the reason, where they can't be compiled."""
+"""The compiled parts against the stock ones and the dense twin. They are skipped, with the reason, where they can't be
+compiled."""
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -37,7 +38,8 @@ def on_both(request, monkeypatch):
 
 def check_largest(values, k):
     found, places = native.largest(values, k)
-    assert found.dtype == values.dtype and torch.equal(found.sort(1).values, values.topk(k, dim=1).values.sort(1).values)
+    assert found.dtype == values.dtype
+    assert torch.equal(found.sort(1).values, values.topk(k, dim=1).values.sort(1).values)
     assert torch.equal(values.gather(1, places.long()), found) and all(len(set(row.tolist())) == k for row in places)
 
 
@@ -67,7 +69,8 @@ def test_what_is_not_a_number_is_above_all(dtype, sign):
     bits[:, 77] = torch.tensor(float("nan"), dtype=dtype).view(bits.dtype) | (sign * 2 ** (8 * bits.itemsize - 1))
     values[:, 5] = torch.inf
     found, places = native.largest(values, 2)
-    assert torch.equal(places.sort(1).values, torch.tensor([[5, 77]] * 3, dtype=torch.int32)) and found.isnan().any(1).all()
+    assert torch.equal(places.sort(1).values, torch.tensor([[5, 77]] * 3, dtype=torch.int32))
+    assert found.isnan().any(1).all()
 
 
 @TYPES
@@ -84,32 +87,41 @@ def test_rows_in_parts_of_a_larger_matrix_are_read_where_they_are():
 @pytest.mark.parametrize("batch, n, d", [(1, 32, 32), (33, 96, 96), (70, 160, 384), (301, 64, 800)])
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.03, 0.0])
 def test_the_products_are_those_of_the_dense_matrix(on_both, dtype, batch, n, d, share):
-    latents = torch.where(torch.rand(batch, n, generator=torch.Generator().manual_seed(1)) < share, random(batch, n).abs() + 0.1, 0).to(dtype)
+    latents = torch.where(torch.rand(batch, n, generator=torch.Generator().manual_seed(1)) < share,
+                          random(batch, n).abs() + 0.1, 0).to(dtype)
     tokens, rows, exact = random(batch, d, seed=2), random(n, d, seed=3), latents.float()
     cast_tokens, cast_rows = tokens.to(dtype), rows.to(dtype)
     torch.testing.assert_close(native.decode(latents, rows), exact @ cast_rows.float(), rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(native.sum_tokens(latents, tokens), exact.t() @ cast_tokens.float(), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(native.sum_tokens(latents, tokens), exact.t() @ cast_tokens.float(), rtol=1e-4,
+                               atol=1e-3)
     for start in (random(batch, n, seed=4).to(dtype), torch.full((1, 1), 0.5, dtype=dtype).expand(batch, n)):
         product = native.masked_product(latents, cast_tokens, cast_rows, start, dense.Scratch())
         expected = torch.where(latents > 0, cast_tokens.float() @ cast_rows.float().t() + start.float(), 0)
         torch.testing.assert_close(product.float(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3)
-        torch.testing.assert_close(dense.masked_product(latents, cast_tokens, cast_rows, start, dense.Scratch()).float(), product.float(), rtol=2e-2, atol=0.2 if dtype == torch.bfloat16 else 1e-3)
+        torch.testing.assert_close(dense.masked_product(latents, cast_tokens, cast_rows, start,
+                                                        dense.Scratch()).float(), product.float(), rtol=2e-2,
+                                   atol=0.2 if dtype == torch.bfloat16 else 1e-3)
 
 
 @pytest.mark.parametrize("batch, d, n", [(1, 1, 1), (7, 16, 3), (40, 33, 90), (300, 100, 20)])
 @pytest.mark.parametrize("most", [1, 6, 0])
 @pytest.mark.parametrize("extra", [torch.float32, torch.bfloat16, None])
 def test_the_products_over_pairs_are_the_stock_ones(on_both, batch, d, n, most, extra):
-    lengths = torch.randint(min(most, n) + 1, (batch,), generator=torch.Generator().manual_seed(1)) if most > 1 else torch.full((batch,), most)
+    lengths = torch.full((batch,), most)
+    if most > 1:
+        lengths = torch.randint(min(most, n) + 1, (batch,), generator=torch.Generator().manual_seed(1))
     starts = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
-    chosen = [torch.randperm(n, generator=torch.Generator().manual_seed(b))[:length] for b, length in enumerate(lengths)]
+    chosen = [torch.randperm(n, generator=torch.Generator().manual_seed(b))[:length]
+              for b, length in enumerate(lengths)]
     ours, stock = (kind(torch.cat(chosen).int(), n, starts) for kind in (native.Active, pairs.Active))
     for own, other in zip(ours.by_latent, stock.by_latent):
         assert torch.equal(own.long(), other.long())
-    tokens, rows, grad_out, values = random(batch, d), random(n, d, seed=1), random(batch, d, seed=2), random(len(ours.indices), seed=3).relu()
+    tokens, rows, grad_out = random(batch, d), random(n, d, seed=1), random(batch, d, seed=2)
+    values = random(len(ours.indices), seed=3).relu()
     torch.testing.assert_close(ours.dot(tokens, rows), stock.dot(tokens, rows), rtol=1e-5, atol=1e-5)
     grad_values = None if extra is None else random(len(values), seed=4).to(extra)
-    for own, other in zip(ours.backward(grad_out, rows, grad_values, tokens, values), stock.backward(grad_out, rows, grad_values, tokens, values)):
+    for own, other in zip(ours.backward(grad_out, rows, grad_values, tokens, values),
+                          stock.backward(grad_out, rows, grad_values, tokens, values)):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
 
 
@@ -134,7 +146,8 @@ def test_the_choosing_methods_choose_as_on_the_stock_path(method, precision):
     sae, x = make(64, 512, 8, method=method), random(100, 64, seed=1).requires_grad_()
     for ours, stock in zip(through(sae, x, "native", precision), through(sae, x, "sparse", precision)):
         torch.testing.assert_close(ours, stock, rtol=1e-4, atol=2e-4)
-    penalties = [sum(sae.method.penalty(sae, x, sae.run(x, path, precision)).values(), torch.zeros(())) for path in ("native", "sparse")]
+    penalties = [sum(sae.method.penalty(sae, x, sae.run(x, path, precision)).values(), torch.zeros(()))
+                 for path in ("native", "sparse")]
     torch.testing.assert_close(*penalties)
 
 
@@ -152,8 +165,10 @@ def test_training_takes_the_same_steps_as_on_the_stock_path(case):
 def test_threads_share_the_work_and_change_no_bit():
     latents, rows, tokens = torch.relu(random(500, 96)), random(96, 64, seed=1), random(500, 64, seed=2)
     active = native.Active(native.largest(latents, 9)[1], 96)
-    works = [lambda: native.decode(latents, rows), lambda: native.sum_tokens(latents, tokens), lambda: native.largest(latents, 9)[1],
-             lambda: torch.cat(active.backward(tokens, rows, None, tokens, latents.gather(1, active.indices.long()))[1::2])]
+    works = [lambda: native.decode(latents, rows), lambda: native.sum_tokens(latents, tokens),
+             lambda: native.largest(latents, 9)[1],
+             lambda: torch.cat(active.backward(tokens, rows, None, tokens,
+                                               latents.gather(1, active.indices.long()))[1::2])]
     before, alone = torch.get_num_threads(), [work() for work in works]
     try:
         torch.set_num_threads(3)
@@ -161,11 +176,13 @@ def test_threads_share_the_work_and_change_no_bit():
     finally:
         torch.set_num_threads(before)
     with ThreadPoolExecutor(4) as pool:
-        assert all(torch.equal(found, alone[i % 4]) for i, found in enumerate(pool.map(lambda i: works[i % 4](), range(24))))
+        together = pool.map(lambda i: works[i % 4](), range(24))
+        assert all(torch.equal(found, alone[i % 4]) for i, found in enumerate(together))
 
 
 @pytest.mark.parametrize("method, share, used", [
-    ("topk", None, {"largest", "backward"}), ("multi_topk", None, {"largest", "backward"}), ("relu", 0.5, {"decode", "sum_tokens"}),
+    ("topk", None, {"largest", "backward"}), ("multi_topk", None, {"largest", "backward"}),
+                                                 ("relu", 0.5, {"decode", "sum_tokens"}),
     ("relu", 0.1, {"decode", "sum_tokens", "masked_product"}), ("relu", 0.005, {"backward"})])
 def test_the_path_takes_the_compiled_code_where_it_says_so(monkeypatch, method, share, used):
     sae, x, calls = make(64, 512, 8 if method != "relu" else 0.1, method=method), random(100, 64, seed=1), []
@@ -173,9 +190,11 @@ def test_the_path_takes_the_compiled_code_where_it_says_so(monkeypatch, method, 
         with torch.no_grad():
             sae.b_enc -= sae.pre_acts(x).flatten().quantile(1 - share)
     monkeypatch.setattr(dense, "cpu_has", lambda feature: False)
-    monkeypatch.setattr(native.Active, "backward", lambda *args, real=native.Active.backward: (calls.append("backward"), real(*args))[1])
+    real = native.Active.backward
+    monkeypatch.setattr(native.Active, "backward", lambda *args: (calls.append("backward"), real(*args))[1])
     for name in ("largest", "decode", "sum_tokens", "masked_product"):
-        monkeypatch.setattr(native, name, lambda *args, name=name, real=getattr(native, name): (calls.append(name), real(*args))[1])
+        monkeypatch.setattr(native, name, lambda *args, name=name, real=getattr(native, name):
+                            (calls.append(name), real(*args))[1])
     out = sae.run(x, "native")
     sum(sae.method.penalty(sae, x, out).values(), out.x_hat.square().sum()).backward()
     assert set(calls) == used and calls.count("largest") == {"topk": 1, "multi_topk": 2, "relu": 0}[method]
@@ -183,7 +202,8 @@ def test_the_path_takes_the_compiled_code_where_it_says_so(monkeypatch, method, 
 
 def test_auxk_takes_it_too_where_few_of_many_dead_latents_are_active(monkeypatch):
     sae, x, dead, calls, found = make(32, 96, 4), random(50, 32, seed=1), torch.arange(90), [], []
-    monkeypatch.setattr(native.Active, "backward", lambda *args, real=native.Active.backward: (calls.append("backward"), real(*args))[1])
+    real = native.Active.backward
+    monkeypatch.setattr(native.Active, "backward", lambda *args: (calls.append("backward"), real(*args))[1])
     for kind in PAIRS["native"], PAIRS["sparse"]:
         term = auxk.auxk_term(sae, x, sae(x), dead, 5, kind=kind)
         found.append([term.detach(), *(g.to_dense() for g in torch.autograd.grad(term, list(sae.parameters())))])
@@ -205,12 +225,17 @@ def test_the_operators_refuse_what_they_would_misread():
     def whole(*numbers):
         return torch.tensor(numbers, dtype=torch.int32)
 
-    for call in (lambda: raw.decode(latents, rows.double()), lambda: raw.decode(latents, rows[:32]), lambda: raw.decode(latents, rows.t()),
+    for call in (lambda: raw.decode(latents, rows.double()), lambda: raw.decode(latents, rows[:32]),
+                 lambda: raw.decode(latents, rows.t()),
                  lambda: raw.sum_tokens(latents, random(9, 32)), lambda: raw.decode(random(10, 40), random(40, 32)),
-                 lambda: raw.largest(latents.half(), 3), lambda: raw.largest(latents, 65), lambda: raw.largest(latents.t(), 3),
-                 lambda: raw.group(whole(0, 9), whole(0, 2), 9), lambda: raw.group(whole(0, -1), whole(0, 2), 9), lambda: raw.group(whole(0, 1), whole(0, 3), 9),
-                 lambda: raw.group(whole(0, 1), whole(0, 2, 1, 2), 9), lambda: raw.dot(rows, rows, whole(64), whole(*[0] * 64, 1)),
-                 lambda: raw.gradients(*raw.group(whole(1), whole(0, 1), 64), random(2), None, random(1, 32), random(1, 32), rows)):
+                 lambda: raw.largest(latents.half(), 3), lambda: raw.largest(latents, 65),
+                 lambda: raw.largest(latents.t(), 3),
+                 lambda: raw.group(whole(0, 9), whole(0, 2), 9), lambda: raw.group(whole(0, -1), whole(0, 2), 9),
+                 lambda: raw.group(whole(0, 1), whole(0, 3), 9),
+                 lambda: raw.group(whole(0, 1), whole(0, 2, 1, 2), 9),
+                 lambda: raw.dot(rows, rows, whole(64), whole(*[0] * 64, 1)),
+                 lambda: raw.gradients(*raw.group(whole(1), whole(0, 1), 64), random(2), None, random(1, 32),
+                                       random(1, 32), rows)):
         with pytest.raises(RuntimeError, match="must be"):
             call()
     for k in (0, 65):
@@ -230,7 +255,8 @@ def test_a_penalty_whose_gradient_is_one_number_reaches_the_compiled_gradients()
 
 
 def test_a_method_without_a_kernel_is_refused():
-    with pytest.raises(ValueError, match="path is 'native': it must be 'sparse' or 'dense' for an activation function that has no kernel"):
+    with pytest.raises(ValueError, match="path is 'native': it must be 'sparse' or 'dense' for an activation function "
+                       "that has no kernel"):
         make(32, 96, 4, method="topk_ste").run(random(5, 32), "native")
 
 

@@ -1,8 +1,9 @@
+import math
 import re
 
 import pytest
 
-from saelib import plots
+from saelib import METHODS, marks, plots
 
 SERIES = {"TopK": [(8, [0.3, 0.31, 0.29]), (32, [0.1, 0.11, 0.1])]}
 
@@ -27,7 +28,8 @@ def test_the_line_is_the_geometric_mean_on_a_logarithmic_axis_and_the_band_goes_
 
 
 def run_of(method, sparsity, seed, l0, mse):
-    config = {"subject": "pygpt", "method": method, "sparsity": sparsity, "n_latents": 64, "seed": seed, "n_tokens": 1000}
+    config = {"subject": "pygpt", "method": method, "sparsity": sparsity, "n_latents": 64, "seed": seed,
+              "n_tokens": 1000}
     return {"config": config, "metrics": {"l0": l0, "normalized_mse": mse}, "provenance": {"hardware": "a toy"}}
 
 
@@ -40,7 +42,8 @@ def test_a_frontier_draws_error_over_the_mean_l0_of_the_seeds_in_the_methods_own
 
 
 def test_every_method_of_the_paper_keeps_a_colour_of_its_own():
-    assert len({color for color, _ in plots.LOOK.values()}) == len({marker for _, marker in plots.LOOK.values()}) == len(plots.LOOK)
+    colors, markers = (set(looks) for looks in zip(*marks.LOOK.values()))
+    assert len(colors) == len(markers) == len(marks.LOOK)
 
 
 def luminance(color):
@@ -49,20 +52,22 @@ def luminance(color):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("key", list(plots.LOOK))
+@pytest.mark.parametrize("key", list(marks.LOOK))
 def test_colours_stand_out_on_white(key):
-    assert 1.05 / (luminance(plots.LOOK[key][0]) + 0.05) >= 3
+    assert 1.05 / (luminance(marks.LOOK[key][0]) + 0.05) >= 3
 
 
-@pytest.mark.parametrize("sizes, labelled", [((256, 1024), [256, 1024]), ((0.3, 3.0), None), (range(100, 800, 100), None)])
+@pytest.mark.parametrize("sizes, labelled", [((256, 1024), [256, 1024]), ((0.3, 3.0), None),
+                                             (range(100, 800, 100), None)])
 def test_a_few_sizes_are_labelled_with_their_own_numbers(sizes, labelled):
     axes = plots.versus({"pygpt": [(n, [1.0]) for n in sizes]}, "n", "y").axes[0]
     assert (list(axes.get_xticks()) == labelled) == (labelled is not None)
 
 
 def test_what_is_no_method_has_no_methods_colour():
-    methods = {plots.LOOK[key][0] for key in ("relu", "topk", "batchtopk")}
-    assert not methods & set(plots.SHADES) and not any(look[0] in methods for name, look in plots.PENALTY_LOOK.items() if name != "L1")
+    methods = {marks.LOOK[key][0] for key in ("relu", "topk", "batchtopk")}
+    assert not methods & set(marks.SHADES)
+    assert not any(look[0] in methods for name, look in plots.PENALTY_LOOK.items() if name != "L1")
 
 
 def test_curves_list_what_was_measured_and_keep_a_labels_colour_in_every_panel():
@@ -74,17 +79,62 @@ def test_curves_list_what_was_measured_and_keep_a_labels_colour_in_every_panel()
 
 def test_labels_at_the_same_height_are_moved_apart_and_stay_beside_the_panel():
     picture = plots.curves({"p": {f"line {i}": ([0, 1], [0.0, 1.0]) for i in range(6)}}, "x", ("y",))
+    picture.svg()  # names the lines
     heights = sorted(label.xyann[1] for label in picture.axes[0].texts)
     assert all(b - a > 0.06 for a, b in zip(heights, heights[1:])) and heights[-1] <= 1
     far = [abs(label.xyann[1] - label.xy[1]) > 0.04 for label in picture.axes[0].texts]
-    assert [label.arrow_patch is not None for label in picture.axes[0].texts] == far and any(far)  # a thin line leads to the line's own end
+    # a thin line leads to the line's own end
+    assert [label.arrow_patch is not None for label in picture.axes[0].texts] == far and any(far)
 
 
-@pytest.mark.parametrize("rival, side", [((1.05, 1.0), "right"), ((2.0, 1.0), "left"), ((1.05, 9.0), "left"), ((0.95, 1.0), "left")])
+@pytest.mark.parametrize("rival, side", [((1.05, 1.0), "right"), ((2.0, 1.0), "left"), ((1.05, 9.0), "left"),
+                                         ((0.95, 1.0), "left")])
 def test_a_label_that_another_lines_end_would_cover_moves_to_the_left(rival, side):
-    picture = plots.versus({"own": [(0.0, [9.0]), (1.0, [1.0])], "rival": [(0.0, [9.5]), (rival[0], [rival[1]])]}, "x", "y", logx=False, logy=False)
+    picture = plots.versus({"own": [(0.0, [9.0]), (1.0, [1.0])], "rival": [(0.0, [9.5]), (rival[0], [rival[1]])]}, "x",
+                           "y", logx=False, logy=False)
+    picture.svg()
     label, = (text for text in picture.axes[0].texts if text.get_text() == "own")
     assert label.get_horizontalalignment() == side
+
+
+def test_a_name_stands_at_the_end_of_its_line_after_a_second_panel_has_stretched_the_axis_that_they_share():
+    picture, panels = plots.canvas(2, sharey=True)
+    for axes, top in zip(panels, (1.0, 10.0)):
+        plots.versus({"own": [(0.0, [0.0]), (1.0, [top])]}, "x", "y", logx=False, logy=False, axes=axes)
+    picture.svg()
+    label, = panels[0].texts
+    assert label.xyann[1] == pytest.approx(panels[0].transAxes.inverted().transform(panels[0].transData.transform(
+        (1.0, 1.0)))[1])
+
+
+def test_an_axis_of_many_decades_is_labelled_at_powers_of_ten_alone():
+    few, many = (plots.versus({"a": [(1.11, [1.0]), (end, [1.0])]}, "x", "y").axes[0].xaxis for end in (30.3, 7e4))
+    assert 2.0 in few.get_major_locator()() and 20.0 in few.get_major_locator()()
+    assert all(round(math.log10(tick)) == pytest.approx(math.log10(tick)) for tick in many.get_major_locator()())
+
+
+def row(subject="s", method="topk", **metrics):
+    return {"config": {"subject": subject, "method": method, "sparsity": 4, "n_latents": 8, "seed": 0, "n_tokens": 9},
+            "metrics": {"l0": 4.0, "normalized_mse": 0.1, "dead_fraction": 0.0} | metrics,
+            "provenance": {"hardware": "CPU"}}
+
+
+def test_a_method_without_a_colour_of_its_own_has_the_same_in_every_panel():
+    rows = [row("a", "multi_topk"), row("b", "relu_l2"), row("b", "multi_topk", l0=5.0)]
+    colors = [{line.get_label(): line.get_color() for line in axes.lines} for axes in plots.frontier(rows).axes]
+    assert colors[0]["Multi-TopK"] == colors[1]["Multi-TopK"] != colors[1][METHODS["relu_l2"].label]
+
+
+@pytest.mark.parametrize("rows, options, message", [
+    ([], {}, "rows is []: it must be one row or more"),
+    ([row()], {"panel": "foo"}, "panel is 'foo': it must be one of subject, method, sparsity, n_latents"),
+    ([row()], {"y": "mse"}, "y is 'mse': it must be one of l0, normalized_mse, dead_fraction"),
+    ([row()], {"y": "dead_fraction"}, "y is 'dead_fraction': it must be above 0 in every row, or logy=False"),
+    ([row(method="mine")], {}, "method is 'mine': it must be one of"),
+])
+def test_what_no_frontier_can_be_drawn_of_is_named(rows, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plots.frontier(rows, **options)
 
 
 def test_a_histogram_counts_what_is_at_or_below_zero():
@@ -93,14 +143,20 @@ def test_a_histogram_counts_what_is_at_or_below_zero():
 
 
 def test_sizes_are_not_taken_for_seeds():
-    rows = [{"config": {"subject": "synthetic", "method": "topk", "sparsity": k, "n_latents": n, "seed": 0, "n_tokens": 100},
-             "metrics": {"l0": k, "normalized_mse": 1 / n / k}, "provenance": {"hardware": "CPU"}} for n in (8, 16) for k in (4, 8)]
-    with pytest.raises(ValueError, match="rows is 'of n_latents 16, 8 on one frontier': it must be alike in it: plots.frontier\\(panel='n_latents'\\) sets them apart"):
+    rows = [{"config": {"subject": "synthetic", "method": "topk", "sparsity": k, "n_latents": n, "seed": 0,
+                        "n_tokens": 100},
+             "metrics": {"l0": k, "normalized_mse": 1 / n / k}, "provenance": {"hardware": "CPU"}} for n in (8, 16)
+            for k in (4, 8)]
+    with pytest.raises(ValueError, match="rows is 'of n_latents 16, 8 on one frontier': it must be alike in it: "
+                       "plots.frontier\\(panel='n_latents'\\) sets them apart"):
         plots.frontier(rows)
-    assert [axes.get_title() for axes in plots.frontier(rows, panel="n_latents").axes] == ["n_latents 8", "n_latents 16"]
+    assert [axes.get_title() for axes in plots.frontier(rows,
+                                                        panel="n_latents").axes] == ["n_latents 8", "n_latents 16"]
 
 
 def test_methods_of_ones_own_are_told_apart():
-    rows = [{"config": {"subject": "synthetic", "method": method, "sparsity": k, "n_latents": 8, "seed": 0, "n_tokens": 100},
-             "metrics": {"l0": k, "normalized_mse": 1 / k}, "provenance": {"hardware": "CPU"}} for method in ("topk", "multi_topk", "topk_ste") for k in (4, 8)]
+    rows = [{"config": {"subject": "synthetic", "method": method, "sparsity": k, "n_latents": 8, "seed": 0,
+                        "n_tokens": 100},
+             "metrics": {"l0": k, "normalized_mse": 1 / k}, "provenance": {"hardware": "CPU"}}
+            for method in ("topk", "multi_topk", "topk_ste") for k in (4, 8)]
     assert len({line.get_color() for line in plots.frontier(rows).axes[0].get_lines()}) == 3

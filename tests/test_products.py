@@ -22,13 +22,17 @@ def test_the_product_is_the_one_of_three_steps(monkeypatch, dtype, tolerance, re
     out = torch.full((batch, n), torch.nan, dtype=dtype)
     found = linear(x, weight, bias, out, rectify)
     assert found.data_ptr() == out.data_ptr()
-    torch.testing.assert_close(found.double(), exact.relu() if rectify else exact, rtol=2 * tolerance, atol=2 * tolerance)
+    torch.testing.assert_close(found.double(), exact.relu() if rectify else exact, rtol=2 * tolerance,
+                               atol=2 * tolerance)
 
 
 @pytest.mark.parametrize("dtype, tiles, compiled, one_in, way", [
-    (torch.float32, False, False, 20, dense._Many), (torch.float32, False, False, 30, dense._Few), (torch.float32, False, True, 30, dense._Compiled),
-    (torch.float32, False, True, 100, dense._Few), (torch.float32, True, True, 30, dense._Compiled), (torch.bfloat16, False, True, 30, dense._Compiled),
-    (torch.bfloat16, True, True, 30, dense._Many), (torch.bfloat16, True, False, 30, dense._Many), (torch.bfloat16, True, True, 70, dense._Few)])
+    (torch.float32, False, False, 20, dense._Many), (torch.float32, False, False, 30, dense._Few),
+                                                                 (torch.float32, False, True, 30, dense._Compiled),
+    (torch.float32, False, True, 100, dense._Few), (torch.float32, True, True, 30, dense._Compiled),
+                                                                 (torch.bfloat16, False, True, 30, dense._Compiled),
+    (torch.bfloat16, True, True, 30, dense._Many), (torch.bfloat16, True, False, 30, dense._Many),
+                                                                 (torch.bfloat16, True, True, 70, dense._Few)])
 def test_the_way_of_a_relu_step_follows_from_the_share_and_the_cpu(monkeypatch, dtype, tiles, compiled, one_in, way):
     monkeypatch.setattr(dense, "cpu_has", lambda feature: tiles)
     latents = torch.zeros(64, one_in, dtype=dtype)
@@ -39,7 +43,8 @@ def test_the_way_of_a_relu_step_follows_from_the_share_and_the_cpu(monkeypatch, 
 def test_a_cpu_that_onednn_would_emulate_bfloat16_on_multiplies_in_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)  # what it says of every CPU with AVX-512
+    # what it says of every CPU with AVX-512
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     for features, dtype in ((set(), torch.float32), ({"avx512_bf16"}, torch.bfloat16), ({"amx_bf16"}, torch.bfloat16)):
         monkeypatch.setattr(products, "cpu_has", features.__contains__)
         assert subjects.fast_dtype("cpu") == dtype
@@ -49,7 +54,8 @@ def test_a_torch_without_onednn_multiplies_in_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: pytest.fail("there is no such operator"))
     assert subjects.fast_dtype("cpu") == torch.float32
-    assert linear(torch.ones(1, 2).bfloat16(), torch.ones(3, 2).bfloat16(), torch.zeros(3).bfloat16(), torch.empty(1, 3).bfloat16()).eq(2).all()
+    assert linear(torch.ones(1, 2).bfloat16(), torch.ones(3, 2).bfloat16(), torch.zeros(3).bfloat16(),
+                  torch.empty(1, 3).bfloat16()).eq(2).all()
 
 
 def test_a_fused_product_takes_memory_that_is_given_out_again(monkeypatch):

@@ -20,13 +20,15 @@ def test_an_override_replaces_a_value_and_none_keeps_it():
 def test_each_profile_keeps_the_rows_of_a_chapter_in_a_store_of_its_own_and_quick_keeps_none(monkeypatch, tmp_path):
     monkeypatch.setenv("SAELIB_RUNS", str(tmp_path))
     stores = {profile: profiles.settings("frontier", profile).store for profile in profiles.PROFILES["frontier"]}
-    assert stores == {"quick": None} | {profile: tmp_path / profile / "frontier.jsonl" for profile in ("laptop", "gpu", "paper")}
+    assert stores == {"quick": None} | {profile: tmp_path / profile / "frontier.jsonl"
+                                        for profile in ("laptop", "gpu", "paper")}
 
 
 def test_tuned_rates_are_for_the_laptop_and_elsewhere_all_methods_share_one():
     for (subject, method), lr in profiles.LRS.items():
         assert profiles.lr_of(subject, method, "laptop") == lr
-        assert all(profiles.lr_of(subject, method, profile) == other for profile, other in profiles.OTHER_LR.items() if profile != "laptop")
+        assert all(profiles.lr_of(subject, method, profile) == other for profile, other in profiles.OTHER_LR.items()
+                   if profile != "laptop")
     assert profiles.lr_of("synthetic", "batchtopk", "laptop") == profiles.OTHER_LR["laptop"]
 
 
@@ -36,6 +38,7 @@ def test_the_tuned_rate_has_the_least_error_at_the_middle_l0_of_the_search(subje
     for row in map(json.loads, LR_ROWS.read_text("utf8").splitlines()):
         if (row["config"]["subject"], row["config"]["method"]) == (subject, method):
             points[row["config"]["lr"]].append((row["metrics"]["l0"], row["metrics"]["normalized_mse"]))
-    scores = {lr: found[0][1] if method == "topk" else frontiers.at_l0(found, MIDDLE[subject]) for lr, found in points.items()}
+    scores = {lr: found[0][1] if method == "topk" else frontiers.at_l0(found, MIDDLE[subject])
+              for lr, found in points.items()}
     reached = {lr: score for lr, score in scores.items() if not math.isnan(score)}
     assert profiles.LRS[subject, method] == min(reached, key=reached.get)

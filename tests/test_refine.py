@@ -95,7 +95,8 @@ def test_two_rows_that_nearly_coincide_do_not_stop_the_others():
     x = torch.tensor([[0.7, 0.005, 0.2], [0.1, -0.3, 0.4]], dtype=torch.float64)
     refined = refine.refine(x, torch.ones(2, 3, dtype=torch.float64), W_dec, torch.zeros(3, dtype=torch.float64))
     for token, found in zip(x, refined):
-        torch.testing.assert_close(found @ W_dec, torch.from_numpy(W_dec.numpy().T @ nnls(W_dec.numpy().T, token.numpy())[0]), rtol=0, atol=1e-5)
+        wanted = W_dec.numpy().T @ nnls(W_dec.numpy().T, token.numpy())[0]
+        torch.testing.assert_close(found @ W_dec, torch.from_numpy(wanted), rtol=0, atol=1e-5)
 
 
 def test_the_shift_is_the_change_of_the_sum_and_the_change_that_of_each():
@@ -104,6 +105,7 @@ def test_the_shift_is_the_change_of_the_sum_and_the_change_that_of_each():
 
 
 def test_moves_by_fifth_are_means_over_the_active_latents_in_order_of_their_size():
-    latents, refined = torch.tensor([[0.1, 0.5, 0.0, 0.4], [0.2, 0.3, 0.0, 0.0]]), torch.tensor([[0.2, 0.5, 0.0, 0.5], [0.2, 0.2, 0.0, 0.0]])
+    latents = torch.tensor([[0.1, 0.5, 0.0, 0.4], [0.2, 0.3, 0.0, 0.0]])
+    refined = torch.tensor([[0.2, 0.5, 0.0, 0.5], [0.2, 0.2, 0.0, 0.0]])
     expected = [(0.1, 0.1), (0.2, 0.0), (0.3, -0.1), (0.4, 0.1), (0.5, 0.0)]
     assert refine.moves_by_fifth(latents, refined) == [pytest.approx(pair, abs=1e-6) for pair in expected]

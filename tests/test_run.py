@@ -16,7 +16,8 @@ LOADS_A_MODEL = "from saelib import subjects; subjects.load('pygpt')"
 
 def stderr_of(code, **environment):
     kept = {name: value for name, value in os.environ.items() if name not in QUIET}
-    return subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, check=True).stderr
+    return subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True,
+                          check=True).stderr
 
 
 def test_other_libraries_write_nothing_over_the_progress_line():
@@ -33,10 +34,13 @@ def test_what_the_reader_has_set_stays(monkeypatch):
     assert {os.environ[name] for name in QUIET} == {"0"}
 
 
-@pytest.mark.parametrize("tags, text, kept", [([run.MEASURED], "the step: 9.25 ms", True), ([run.MEASURED], "the step: 9.25 ms\nanother: 3 ms", False),
+@pytest.mark.parametrize("tags, text, kept", [([run.MEASURED], "the step: 9.25 ms", True),
+                                              ([run.MEASURED], "the step: 9.25 ms\nanother: 3 ms", False),
                                               ([], "the step: 9.25 ms", False)])
 def test_the_output_of_a_cell_that_measures_time_stays_until_it_says_something_else(tags, text, kept):
-    committed, executed = (new_code_cell("pass", metadata={"tags": tags}, outputs=[new_output("stream", name="stdout", text=t)]) for t in ("the step: -8.5 ms", text))
+    committed, executed = (new_code_cell("pass", metadata={"tags": tags},
+                                         outputs=[new_output("stream", name="stdout", text=t)])
+                           for t in ("the step: -8.5 ms", text))
     assert run.stays(committed, executed) is kept
 
 
@@ -54,7 +58,8 @@ def test_a_run_is_kept_where_there_is_no_git(monkeypatch, tmp_path):
 def test_a_chapter_that_shows_committed_rows_is_of_those(monkeypatch, tmp_path):
     shutil.copytree(run.ROOT / "saelib", tmp_path / "saelib")
     monkeypatch.setattr(run, "ROOT", tmp_path)
-    *show, other = (new_notebook(cells=[new_code_cell(source)]) for source in ("speed_rows.committed('steps')", "sweeps.read_rows(frontiers.LENGTHS)", "1 + 1"))
+    *show, other = (new_notebook(cells=[new_code_cell(source)])
+                    for source in ("speed_rows.committed('steps')", "sweeps.read_rows(frontiers.LENGTHS)", "1 + 1"))
     before = [run.code_hash(notebook) for notebook in (*show, other)]
     with open(tmp_path / "saelib" / "rows" / "speed.jsonl", "a") as rows:
         rows.write("{}\n")

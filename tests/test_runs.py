@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import saelib
-from saelib import methods, native, origin, profiles, runs, sources, subjects, sweeps, train
+from saelib import auto, methods, native, origin, profiles, runs, sources, subjects, sweeps, train
+from saelib.loop import Loop
 from saelib.runs import RunConfig
 from saelib.sae import SAE, geometric_median
 
@@ -23,7 +24,8 @@ X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
 
 
 def config(**changes):
-    return RunConfig(**({"subject": "synthetic", "method": "topk", "sparsity": 4, "n_latents": 64, "n_tokens": 2000, "batch_size": 200} | changes))
+    return RunConfig(**({"subject": "synthetic", "method": "topk", "sparsity": 4, "n_latents": 64, "n_tokens": 2000,
+                         "batch_size": 200} | changes))
 
 
 def metrics_of(row):
@@ -37,7 +39,8 @@ def test_fit_returns_an_sae_its_metrics_and_its_history():
 
 
 def test_fit_takes_a_source_and_records_its_normalisation():
-    result = saelib.fit(saelib.open_source("synthetic", 500), "relu", 0.01, n_latents=16, n_tokens=500, batch_size=100, progress=False)
+    result = saelib.fit(saelib.open_source("synthetic", 500), "relu", 0.01, n_latents=16, n_tokens=500, batch_size=100,
+                        progress=False)
     assert result.sae.normalisation == "unit_norm"
 
 
@@ -74,16 +77,22 @@ def test_an_sae_is_judged_by_held_out_activations_and_the_mean_of_those_it_saw()
 
 def test_b_pre_starts_at_the_geometric_median_of_what_is_trained_on():
     x = torch.cat([torch.randn(180, 4), torch.randn(20, 4) + 50])
-    b_pre = runs.fit_source(sources.Source("t", [x], torch.randn(50, 4) + 3), config(n_latents=8, lr=0.0), "cpu").sae.b_pre.detach()
+    b_pre = runs.fit_source(sources.Source("t", [x], torch.randn(50, 4) + 3), config(n_latents=8, lr=0.0),
+                            "cpu").sae.b_pre.detach()
     torch.testing.assert_close(torch.nn.functional.normalize(x - b_pre).mean(0), torch.zeros(4), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"n_latents": 0}, "n_latents is 0: it must be a whole number, 1 or more"), ({"n_tokens": 0}, "n_tokens is 0"), ({"batch_size": 0}, "batch_size is 0"),
-    ({"sparsity": 100}, "sparsity is 100: k must be a whole number from 1 to n_latents = 64"), ({"sparsity": 0}, "sparsity is 0"),
+    ({"n_latents": 0}, "n_latents is 0: it must be a whole number, 1 or more"), ({"n_tokens": 0}, "n_tokens is 0"),
+                                              ({"batch_size": 0}, "batch_size is 0"),
+    ({"sparsity": 100}, "sparsity is 100: k must be a whole number from 1 to n_latents = 64"),
+                                              ({"sparsity": 0}, "sparsity is 0"),
     ({"sparsity": float("nan")}, "sparsity is nan"),
-    ({"lr": -1.0}, "lr is -1.0: it must be a number from 0"), ({"device": "gpu"}, "device is 'gpu': it must be 'auto' or one that is here: 'cpu'"),
-    ({"path": "fast"}, "path is 'fast': it must be one of auto"), ({"seed": -1}, "seed is -1"), ({"seed": 2**43}, "seed is .*: it must be below"),
+    ({"lr": -1.0}, "lr is -1.0: it must be a finite number, 0 or more"),
+                                              ({"device": "gpu"},
+                                               "device is 'gpu': it must be 'auto' or one that is here: 'cpu'"),
+    ({"path": "fast"}, "path is 'fast': it must be one of auto"), ({"seed": -1}, "seed is -1"),
+                                              ({"seed": 2**43}, "seed is .*: it must be below"),
     ({"method": "topq"}, "method is 'topq': it must be one of"),
 ])
 def test_a_bad_argument_is_one_line_that_names_it(changes, message):
@@ -94,14 +103,17 @@ def test_a_bad_argument_is_one_line_that_names_it(changes, message):
 
 
 def test_the_batch_is_never_larger_than_the_run():
-    assert saelib.fit(torch.randn(50, 4), "topk", 2, n_latents=8, n_tokens=40, batch_size=1000, progress=False).history[-1]["tokens"] == 40
+    assert saelib.fit(torch.randn(50, 4), "topk", 2, n_latents=8, n_tokens=40, batch_size=1000,
+                      progress=False).history[-1]["tokens"] == 40
 
 
 def test_a_row_says_what_was_asked_measured_and_where(tmp_path):
     row = saelib.run(config(), "cpu")
     assert row["config"]["sparsity"] == 4 and row["metrics"]["l0"] <= 4
-    assert [(row["config"][name], row["provenance"][name]) for name in ("path", "precision")] == [("auto", "sparse"), ("auto", "fp32")]
-    assert {"saelib", "torch", "python", "hardware", "commit", "code", "inputs", "precision", "path", "source_tokens"} == set(row["provenance"])
+    assert [(row["config"][name], row["provenance"][name])
+            for name in ("path", "precision")] == [("auto", "sparse"), ("auto", "fp32")]
+    assert {"saelib", "torch", "python", "hardware", "commit", "code", "inputs", "precision", "path",
+            "source_tokens"} == set(row["provenance"])
     assert json.loads(json.dumps(row)) == row
 
 
@@ -137,7 +149,8 @@ def test_rows_of_other_code_do_not_count(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_members_of_a_sweep_equal_the_same_runs_alone(precision):
-    configs = [config(seed=s, method=m, sparsity=k, precision=precision) for s in (0, 1) for m, k in (("topk", 4), ("relu", 0.01))]
+    configs = [config(seed=s, method=m, sparsity=k, precision=precision) for s in (0, 1)
+               for m, k in (("topk", 4), ("relu", 0.01))]
     together = saelib.sweep(configs, progress=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -168,8 +181,8 @@ def test_a_kill_while_an_sae_is_judged_loses_no_training(tmp_path, monkeypatch):
         judged.setattr(runs.metrics, "evaluate", killed)
         with pytest.raises(KeyboardInterrupt):
             saelib.sweep([config()], tmp_path / "rows.jsonl", progress=False)
-    started, one = [], train.Loop.one
-    monkeypatch.setattr(train.Loop, "one", lambda loop, *args: started.append(loop.step) or one(loop, *args))
+    started, one = [], Loop.one
+    monkeypatch.setattr(Loop, "one", lambda loop, *args: started.append(loop.step) or one(loop, *args))
     resumed, = saelib.sweep([config()], tmp_path / "rows.jsonl", progress=False)
     assert started == [9] and metrics_of(resumed) == metrics_of(straight)
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
@@ -177,7 +190,8 @@ def test_a_kill_while_an_sae_is_judged_loses_no_training(tmp_path, monkeypatch):
 
 def test_a_folder_for_saes_that_cannot_be_made_is_refused_before_the_training(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="keep is '.*file/saes': it must be a folder, or the name of one that can be made"):
+    rule = "keep is '.*file/saes': it must be a folder, or the name of one that can be made"
+    with pytest.raises(ValueError, match=rule):
         saelib.sweep([config()], keep=tmp_path / "file" / "saes", progress=False)
 
 
@@ -203,7 +217,8 @@ def test_rows_of_other_files_and_of_other_methods_do_not_count(tmp_path, monkeyp
         key = "own"
 
     monkeypatch.setitem(methods.METHODS, "own", Own)
-    asked, store = config(subject=str(tmp_path / "acts.npy"), method="own", n_latents=16, n_tokens=400), tmp_path / "rows.jsonl"
+    asked = config(subject=str(tmp_path / "acts.npy"), method="own", n_latents=16, n_tokens=400)
+    store = tmp_path / "rows.jsonl"
     overwrite(0)
     first, = saelib.sweep([asked], store, progress=False)
     assert saelib.sweep([asked], store, progress=False) == [first]
@@ -219,7 +234,7 @@ def test_a_sweep_that_is_killed_within_a_member_goes_on_from_its_checkpoint(tmp_
     from saelib import train
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
     straight, = saelib.sweep([config()], progress=False)
-    one, asked, started = train.Loop.one, [config()], []
+    one, asked, started = Loop.one, [config()], []
 
     def killed(loop, *args, **options):
         started.append(loop.step)
@@ -227,7 +242,7 @@ def test_a_sweep_that_is_killed_within_a_member_goes_on_from_its_checkpoint(tmp_
             raise KeyboardInterrupt
         return one(loop, *args, **options)
 
-    monkeypatch.setattr(train.Loop, "one", killed)
+    monkeypatch.setattr(Loop, "one", killed)
     with pytest.raises(KeyboardInterrupt):
         saelib.sweep(asked, tmp_path / "rows.jsonl", progress=False)
     assert [p.suffix for p in (tmp_path / "rows.checkpoints").iterdir()] == [".pt"]
@@ -259,11 +274,13 @@ from saelib import RunConfig, fit
 made = RunConfig("synthetic", "topk", numpy.int64(4), numpy.int64(64), 2e3, seed=numpy.int64(1))
 assert [type(value) for value in (made.sparsity, made.n_latents, made.n_tokens, made.seed)] == [int] * 4
 row = RunConfig(pathlib.Path("x.npy"), "relu", numpy.float32(0.5), 64, 100, lr=numpy.float64(1e-3))
-assert json.loads(json.dumps(vars(row))) == vars(row) and (row.subject, row.sparsity, type(row.lr)) == ("x.npy", 0.5, float)
-for source, changes, message in ((torch.randn(20, 4), {"sparsity": "8"}, "sparsity is '8': it must be a number"),
-                                 (torch.randn(20, 4), {"n_tokens": None}, "n_tokens is None: it must be a whole number, 1 or more"),
-                                 (torch.randn(20, 4), {"n_latents": 16.5}, "n_latents is 16.5: it must be a whole number, 1 or more"),
-                                 ([torch.randn(20, 4)], {}, "source is 'list': it must be a [n_tokens, d_model] tensor or array")):
+assert json.loads(json.dumps(vars(row))) == vars(row)
+assert (row.subject, row.sparsity, type(row.lr)) == ("x.npy", 0.5, float)
+x = torch.randn(20, 4)
+for source, changes, message in ((x, {"sparsity": "8"}, "sparsity is '8': it must be a number"),
+                                 (x, {"n_tokens": None}, "n_tokens is None: it must be a whole number, 1 or more"),
+                                 (x, {"n_latents": 16.5}, "n_latents is 16.5: it must be a whole number, 1 or more"),
+                                 ([x], {}, "source is 'list': it must be a [n_tokens, d_model] tensor or array")):
     try:
         fit(source, **{"n_latents": 8, "n_tokens": 10} | changes)
     except ValueError as error:
@@ -290,7 +307,8 @@ def test_without_git_or_in_somebody_elses_repository_the_commit_is_unknown(tmp_p
     assert origin.commit() == "unknown"
 
 
-@pytest.mark.parametrize("source", [torch.randn(60, 4).numpy(), torch.randn(60, 4, requires_grad=True), torch.randn(60, 4, requires_grad=True) * 2])
+@pytest.mark.parametrize("source", [torch.randn(60, 4).numpy(), torch.randn(60, 4, requires_grad=True),
+                                    torch.randn(60, 4, requires_grad=True) * 2])
 def test_arrays_and_tensors_with_a_history_are_activations_too(source):
     assert saelib.fit(source, "topk", 2, n_latents=8, n_tokens=120, batch_size=20, progress=False).metrics["l0"] <= 2
     assert not isinstance(source, torch.Tensor) or not source.is_leaf or source.grad is None
@@ -306,7 +324,8 @@ def test_progress_goes_to_stderr_and_can_be_silent(capsys):
 
 def test_progress_counts_as_many_tokens_as_were_asked_for():
     seen = []
-    runs.fit_source(sources.from_tensor(torch.randn(100, 4)), config(n_latents=8, sparsity=2, n_tokens=250, batch_size=60), on_tokens=seen.append)
+    runs.fit_source(sources.from_tensor(torch.randn(100, 4)),
+                    config(n_latents=8, sparsity=2, n_tokens=250, batch_size=60), on_tokens=seen.append)
     assert seen == [60, 60, 60, 60, 10]
 
 
@@ -320,7 +339,8 @@ def test_a_run_that_was_resumed_is_as_fast_as_the_part_that_was_timed(tmp_path, 
 
     monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0)
     monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: len(done)))  # a step takes a second
-    resume = partial(runs.fit_source, sources.from_tensor(torch.randn(100, 8)), config(), "cpu", stop_once, tmp_path / "c.pt")
+    resume = partial(runs.fit_source, sources.from_tensor(torch.randn(100, 8)), config(), "cpu", stop_once,
+                     tmp_path / "c.pt")
     with pytest.raises(KeyboardInterrupt):
         resume()
     measured = resume().metrics
@@ -330,10 +350,13 @@ def test_a_run_that_was_resumed_is_as_fast_as_the_part_that_was_timed(tmp_path, 
 def test_runs_share_a_source_only_where_they_read_the_same(monkeypatch):
     opened = []
     monkeypatch.setattr(runs, "_SOURCES", {})
-    monkeypatch.setattr(subjects, "open_source", lambda _, n, *, text, layer, device: opened.append((n, text, layer)) or sources.synthetic(10))
-    asked = [config(**changes) for changes in ({}, {"source_tokens": 500}, {"text": "english"}, {"layer": 1}, {"layer": 1, "seed": 1})]
+    monkeypatch.setattr(subjects, "open_source", lambda _, n, *, text, layer, device: opened.append((n, text, layer))
+                        or sources.synthetic(10))
+    asked = [config(**changes) for changes in ({}, {"source_tokens": 500}, {"text": "english"}, {"layer": 1},
+                                               {"layer": 1, "seed": 1})]
     found = [runs.open_source(one, device) for one, device in zip(asked, ("auto", *["cpu"] * 4))]
-    assert opened == [(2000, None, None), (500, None, None), (2000, "english", None), (2000, None, 1)] and found[3] is found[4]
+    assert opened == [(2000, None, None), (500, None, None), (2000, "english", None), (2000, None, 1)]
+    assert found[3] is found[4]
 
 
 def test_an_unknown_profile_or_setting_is_refused():
@@ -345,7 +368,8 @@ def test_an_unknown_profile_or_setting_is_refused():
 
 def test_importing_saelib_loads_no_transformers_and_no_plots():
     import subprocess
-    code = "import sys, saelib; print([m for m in ('transformers', 'datasets', 'IPython', 'pandas', 'matplotlib') if m in sys.modules])"
+    slow = "transformers", "datasets", "IPython", "pandas", "matplotlib"
+    code = f"import sys, saelib; print([name for name in {slow} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -353,36 +377,39 @@ def test_importing_saelib_loads_no_transformers_and_no_plots():
 def test_the_path_is_recorded_steps_on_a_gpu_with_kernels_for_methods_that_do_not_wait(method, wanted, monkeypatch):
     made, W_enc = methods.make(method, 1024, 4), torch.empty(1024, 64)
     for has_kernels in (False, True):
-        monkeypatch.setattr(runs, "has_kernels", lambda device: has_kernels and device.type == "cuda")
-        assert runs.pick_path("auto", "cuda", made, W_enc) == (wanted if has_kernels else "sparse")
-    assert runs.pick_path("dense", "cuda", made, W_enc) == "dense"
+        monkeypatch.setattr(auto, "has_kernels", lambda device: has_kernels and device.type == "cuda")
+        assert auto.pick_path("auto", "cuda", made, W_enc) == (wanted if has_kernels else "sparse")
+    assert auto.pick_path("dense", "cuda", made, W_enc) == "dense"
 
 
 @pytest.mark.parametrize("compiles", [True, False])
 def test_the_path_on_a_cpu_is_compiled_where_that_can_be_and_pays(compiles, monkeypatch):
     def path(method, n_latents, **kind):
-        return runs.pick_path("auto", "cpu", methods.make(method, n_latents, 4), torch.empty(n_latents, 64, **kind))
+        return auto.pick_path("auto", "cpu", methods.make(method, n_latents, 4), torch.empty(n_latents, 64, **kind))
 
     monkeypatch.setattr(native, "available", lambda: compiles)
     fast = "native" if compiles else "sparse"
-    assert [path(method, 1024) for method in ("topk", "multi_topk", "batchtopk", "relu", "topk_ste")] == [fast, fast, fast, "sparse", "sparse"]
+    assert [path(method, 1024) for method in ("topk", "multi_topk", "batchtopk", "relu",
+                                              "topk_ste")] == [fast, fast, fast, "sparse", "sparse"]
     assert path("topk", 1023) == path("topk", 1024, dtype=torch.float64) == "sparse"
 
 
 def test_a_row_says_which_path_was_chosen():
     rows = [runs.run(config(n_latents=n, path=path)) for n, path in ((64, "auto"), (1024, "auto"), (1024, "sparse"))]
-    assert [row["provenance"]["path"] for row in rows] == ["sparse", "native" if native.available() else "sparse", "sparse"]
+    assert [row["provenance"]["path"] for row in rows] == ["sparse", "native" if native.available() else "sparse",
+                                                           "sparse"]
 
 
 def test_the_precision_is_chosen_by_hardware_and_size_and_can_be_set():
-    assert runs.pick_precision("auto", "cpu", runs.LARGE - 1) == "fp32" == runs.pick_precision("fp32", "cpu", 2**20)
+    assert auto.pick_precision("auto", "cpu", auto.LARGE - 1) == "fp32" == auto.pick_precision("fp32", "cpu", 2**20)
     fast = runs.subjects.fast_dtype("cpu") == torch.bfloat16
-    assert runs.pick_precision("auto", "cpu", runs.LARGE) == ("bf16" if fast else "fp32")
+    assert auto.pick_precision("auto", "cpu", auto.LARGE) == ("bf16" if fast else "fp32")
 
 
 def test_tasks_side_by_side_keep_their_order_have_a_core_each_and_stop_at_the_first_error():
     before = torch.get_num_threads()
-    assert sweeps.side_by_side(lambda item: (item, torch.get_num_threads()), range(5)) == [(item, 1) for item in range(5)]
+    assert sweeps.side_by_side(lambda item: (item, torch.get_num_threads()),
+                               range(5)) == [(item, 1) for item in range(5)]
     with pytest.raises(ZeroDivisionError):
         sweeps.side_by_side(lambda item: 1 / item, [1, 0, 2])
     assert torch.get_num_threads() == before
@@ -417,7 +444,8 @@ def test_sweeps_in_several_threads_share_a_store(tmp_path):
 def test_a_file_that_is_no_store_is_refused_and_kept(text, tmp_path):
     store = tmp_path / "notes.json"
     store.write_text(text)
-    with pytest.raises(ValueError, match="store is .*notes.json.*: it must (hold one JSON object on each line|be a file of rows that a sweep wrote)"):
+    with pytest.raises(ValueError, match="store is .*notes.json.*: it must (hold one JSON object on each line|be a "
+                       "file of rows that a sweep wrote)"):
         saelib.sweep([config()], store, progress=False)
     assert store.read_text() == text
 
@@ -440,7 +468,8 @@ def test_a_method_is_known_by_all_that_it_consists_of(monkeypatch):
     asked = config(method="own")
     before = origin.inputs(asked)
     assert origin.inputs(asked) == before
-    for name, value in (("shift", 0.2), ("__init__", lambda self, n, sparsity: methods.TopK.__init__(self, n, 1)), ("k", property(lambda self: 4))):
+    for name, value in (("shift", 0.2), ("__init__", lambda self, n, sparsity: methods.TopK.__init__(self, n, 1)),
+                        ("k", property(lambda self: 4))):
         with monkeypatch.context() as patch:
             patch.setattr(Base, name, value)
             assert origin.inputs(asked) != before, name
@@ -481,12 +510,15 @@ def test_a_method_typed_at_a_prompt_is_known_in_another_process_and_from_any_fol
     (tmp_path / "pygpt").mkdir()
     (tmp_path / "pygpt" / "notes").write_text("a folder of that name is not the subject")
     environment = os.environ | {"PYTHONPATH": str(origin.PACKAGE.parent)}
-    first, again, other = (subprocess.run([sys.executable, "-"], input=FROM_STDIN.format(name=name), cwd=folder, env=environment, capture_output=True,
-                                          text=True, check=True).stdout for name, folder in (("relu", None), ("relu", tmp_path), ("sigmoid", None)))
+    first, again, other = (subprocess.run([sys.executable, "-"], input=FROM_STDIN.format(name=name), cwd=folder,
+                                          env=environment, capture_output=True,
+                                          text=True, check=True).stdout
+                           for name, folder in (("relu", None), ("relu", tmp_path), ("sigmoid", None)))
     assert first == again != other
 
 
-@pytest.mark.parametrize("switched", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize("switched", [torch.no_grad, torch.inference_mode,
+                                      lambda: torch.autocast("cpu", torch.bfloat16)])
 @pytest.mark.parametrize("method, sparsity", [("topk", 2), ("relu", 0.1)])
 def test_training_is_the_same_whatever_modes_the_caller_is_in(switched, method, sparsity):
     plain = saelib.fit(X, method, sparsity, n_latents=16, n_tokens=200, batch_size=20, progress=False)
@@ -517,19 +549,25 @@ def test_a_checkpoint_of_other_activations_with_the_same_mean_is_refused(tmp_pat
 
 
 def test_files_are_the_same_inputs_in_every_process(tmp_path):
-    asked = "import saelib; from saelib import origin; print(origin.inputs(saelib.RunConfig('a.npy', 'topk', 4, 64, 100, text='b.txt')))"
+    asked = ("import saelib; from saelib import origin; "
+             "print(origin.inputs(saelib.RunConfig('a.npy', 'topk', 4, 64, 100, text='b.txt')))")
     for name in ("a.npy", "b.txt"):
         (tmp_path / name).write_text("x")
-    found = {subprocess.run([sys.executable, "-c", asked], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(origin.PACKAGE.parent), "PYTHONHASHSEED": seed},
-                            capture_output=True, text=True, check=True).stdout for seed in "01"}  # in which a set of these names has two orders
+    found = {subprocess.run([sys.executable, "-c", asked], cwd=tmp_path,
+                            env=os.environ | {"PYTHONPATH": str(origin.PACKAGE.parent), "PYTHONHASHSEED": seed},
+                            # in which a set of these names has two orders
+                            capture_output=True, text=True, check=True).stdout for seed in "01"}
     assert len(found) == 1
 
 
 OF_ANOTHER_KIND = {
-    "config(x)": "subject is 'Tensor': it must be a name or a path: save activations of your own as .npy to sweep over them",
-    "config(text=3)": "text is 'int': it must be a name or a path: save activations of your own as .npy to sweep over them",
+    "config(x)": "subject is 'Tensor': it must be a name or a path: save activations of your own as .npy to sweep over "
+                 "them",
+    "config(text=3)": "text is 'int': it must be a name or a path: save activations of your own as .npy to sweep over "
+                      "them",
     "saelib.sweep(config())": "configs is 'a single RunConfig': it must be a list of them",
-    "runs.fit_source(x, config())": "source is 'Tensor': it must be a saelib source, as `sources.from_tensor` makes one",
+    "runs.fit_source(x, config())":
+        "source is 'Tensor': it must be a saelib source, as `sources.from_tensor` makes one",
     "sources.from_tensor([[1.0]])": "source is 'list': it must be a tensor or an array",
     "sources.from_tensor(x, held_out_fraction='0.1')": "held_out_fraction is '0.1': it must be above 0 and below 1",
     "saelib.open_source(None, 100)": "subject is None: it must be a name or a path",
@@ -537,10 +575,13 @@ OF_ANOTHER_KIND = {
 
 
 def test_what_is_of_another_kind_is_named():
-    code = ("import torch, saelib\nfrom saelib import runs, sources\nx = torch.zeros(9, 4)\n"  # in a process of its own, where annotations are not checked
+    # in a process of its own, where annotations are not checked
+    code = ("import torch, saelib\nfrom saelib import runs, sources\nx = torch.zeros(9, 4)\n"
             "config = lambda subject='synthetic', text=None: saelib.RunConfig(subject, 'topk', 4, 64, 100, text=text)\n"
-            f"for call in {list(OF_ANOTHER_KIND)}:\n    try:\n        eval(call)\n    except ValueError as error:\n        print(error)")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.splitlines() == list(OF_ANOTHER_KIND.values())
+            f"for call in {list(OF_ANOTHER_KIND)}:\n    try:\n        eval(call)\n    except ValueError as error:\n    "
+            f"    print(error)")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True,
+                          text=True).stdout.splitlines() == list(OF_ANOTHER_KIND.values())
 
 
 def test_a_row_says_how_many_tokens_its_source_had(monkeypatch):
@@ -552,12 +593,33 @@ def test_a_sweep_keeps_its_saes_and_makes_one_that_is_gone_again(tmp_path):
     configs, store = [config(sparsity=k, n_latents=16) for k in (2, 4)], tmp_path / "rows.jsonl"
     bare = sweeps.sweep(configs, store, progress=False)
     rows = sweeps.sweep(configs, store, keep=tmp_path / "saes", progress=False)
-    assert not any("sae" in row for row in bare) and [metrics_of(row) for row in rows] == [metrics_of(row) for row in bare]
+    assert not any("sae" in row for row in bare)
+    assert [metrics_of(row) for row in rows] == [metrics_of(row) for row in bare]
     sae, source = saelib.load(rows[1]["sae"]), runs.open_source(configs[1])
     assert saelib.evaluate(sae, source.held_out, source.mean)["normalized_mse"] == rows[1]["metrics"]["normalized_mse"]
     shutil.rmtree(rows[0]["sae"])
     again = sweeps.sweep(configs, store, keep=tmp_path / "saes", progress=False)
-    assert again[1] == rows[1] and saelib.load(again[0]["sae"]).method.sparsity == 2 and len(store.read_text().splitlines()) == 5
+    assert again[1] == rows[1]
+    assert saelib.load(again[0]["sae"]).method.sparsity == 2
+    assert len(store.read_text().splitlines()) == 5
+
+
+def test_saes_are_found_from_any_folder_and_kept_where_they_are_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    one, = sweeps.sweep([config(n_latents=16)], "rows.jsonl", keep="saes", progress=False)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    same, = sweeps.sweep([config(n_latents=16)], "../rows.jsonl", keep="../saes", progress=False)
+    assert same == one and saelib.load(one["sae"]).n_latents == 16
+    other, = sweeps.sweep([config(n_latents=16)], "../rows.jsonl", keep="here", progress=False)
+    assert other["sae"].startswith(str(tmp_path / "elsewhere" / "here")) and saelib.load(other["sae"]).n_latents == 16
+
+
+def test_rows_that_no_sweep_wrote_are_no_store(tmp_path):
+    for made in ({}, None, {"hardware": "CPU"}):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"config": {}, "provenance": made}) + "\n")
+        with pytest.raises(ValueError, match="store is '.*rows.jsonl': it must be a file of rows that a sweep wrote"):
+            sweeps.sweep([config()], tmp_path / "rows.jsonl", progress=False)
 
 
 def test_to_compile_is_no_training_time(monkeypatch):
@@ -570,7 +632,8 @@ def test_to_compile_is_no_training_time(monkeypatch):
 
 def test_what_is_no_list_of_configs_is_refused():
     for configs, value in ((config(), "a single RunConfig"), ([config(), ("pygpt", "topk")], "a list with a tuple")):
-        done = subprocess.run([sys.executable, "-c", f"import saelib; from saelib import RunConfig; saelib.sweep({configs!r})"], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", f"import saelib; from saelib import RunConfig; "
+                               f"saelib.sweep({configs!r})"], capture_output=True, text=True)
         assert done.stderr.splitlines()[-1].startswith(f"ValueError: configs is {value!r}: it must be a list of")
 
 
@@ -579,8 +642,8 @@ def interrupt(*args):
 
 
 def steps_taken(monkeypatch):
-    started, one = [], train.Loop.one
-    monkeypatch.setattr(train.Loop, "one", lambda loop, *args: started.append(loop.step) or one(loop, *args))
+    started, one = [], Loop.one
+    monkeypatch.setattr(Loop, "one", lambda loop, *args: started.append(loop.step) or one(loop, *args))
     return started
 
 
@@ -659,7 +722,8 @@ def test_a_config_that_is_asked_for_twice_is_run_once(tmp_path):
 
 def test_fit_multiplies_in_the_precision_that_is_asked_for():
     x = sources.normalise(torch.randn(2000, 16, generator=torch.Generator().manual_seed(0)))
-    found = [saelib.fit(x, "relu", 0.1, n_latents=40, n_tokens=1000, batch_size=100, precision=precision, progress=False).history for precision in ("auto", "fp32", "bf16")]
+    found = [saelib.fit(x, "relu", 0.1, n_latents=40, n_tokens=1000, batch_size=100, precision=precision,
+                        progress=False).history for precision in ("auto", "fp32", "bf16")]
     assert found[0] == found[1] != found[2]
 
 
@@ -680,7 +744,8 @@ def test_a_row_says_which_precision_was_used(precision):
 @pytest.mark.parametrize("n_tokens, dead_after", [(5, 1), (5000, 500), (10**9, 10_000_000)])
 def test_what_is_left_out_follows_from_the_run(n_tokens, dead_after):
     found = config(n_tokens=n_tokens).resolve()
-    assert (found.penalty_warmup, found.dead_after, found.source_tokens, found.lr) == (0.1, dead_after, n_tokens, train.paper_lr(64))
+    assert (found.penalty_warmup, found.dead_after, found.source_tokens,
+            found.lr) == (0.1, dead_after, n_tokens, train.paper_lr(64))
 
 
 def test_the_hash_of_the_code_covers_what_is_compiled(tmp_path, monkeypatch):
@@ -691,7 +756,8 @@ def test_the_hash_of_the_code_covers_what_is_compiled(tmp_path, monkeypatch):
 
 
 def test_in_somebody_elses_repository_the_commit_is_unknown(tmp_path, monkeypatch):
-    for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "theirs"]):
+    for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty",
+                                     "-m", "theirs"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     (tmp_path / "site-packages" / "saelib").mkdir(parents=True)
     monkeypatch.setattr(origin, "PACKAGE", tmp_path / "site-packages" / "saelib")
@@ -711,8 +777,10 @@ print(origin.inputs(saelib.RunConfig("pygpt", "own", 4, 64, 100)))
 
 
 def test_a_typed_method_is_known_by_its_constants():
-    found = {subprocess.run([sys.executable, "-"], input=TYPED.format(constant=constant), capture_output=True, text=True, check=True,
-                            env=os.environ | {"PYTHONPATH": str(origin.PACKAGE.parent)}).stdout for constant in (2.5, 3.5)}
+    found = {subprocess.run([sys.executable, "-"], input=TYPED.format(constant=constant), capture_output=True,
+                            text=True, check=True,
+                            env=os.environ | {"PYTHONPATH": str(origin.PACKAGE.parent)}).stdout
+             for constant in (2.5, 3.5)}
     assert len(found) == 2
 
 
@@ -721,8 +789,10 @@ def test_a_method_in_a_file_is_known_by_what_stands_around_it(tmp_path, monkeypa
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     found = []
     for scale in ("2.0", "30.0"):
-        (tmp_path / "own_method.py").write_text(f"from saelib import methods\nSCALE = {scale}\nclass Own(methods.TopK):\n    key = 'own'\n"
-                                                "    def forward(self, pre_acts):\n        return super().forward(pre_acts) * SCALE\n")
+        (tmp_path / "own_method.py").write_text(f"from saelib import methods\nSCALE = {scale}\nclass "
+                                                f"Own(methods.TopK):\n    key = 'own'\n"
+                                                "    def forward(self, pre_acts):\n        return "
+                                                "super().forward(pre_acts) * SCALE\n")
         sys.modules.pop("own_method", None)
         importlib.invalidate_caches()
         monkeypatch.setitem(methods.METHODS, "own", importlib.import_module("own_method").Own)

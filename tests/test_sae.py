@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import saelib
-from saelib import formats, native, runs, sources
+from saelib import auto, formats, native, sources
 from saelib.sae import SAE, geometric_median
 
 
@@ -64,7 +64,8 @@ def test_loading_refuses_what_is_not_an_sae(tmp_path):
 def test_the_weights_of_another_format_are_not_overwritten(tmp_path):
     sae = SAE(8, 30, "topk", 4)
     formats.save(sae, tmp_path, "sparsify")
-    with pytest.raises(ValueError, match="folder is .*: it must be another one: sae.safetensors lies there, and no sae.json with it"):
+    with pytest.raises(ValueError, match="folder is .*: it must be another one: sae.safetensors lies there, and no "
+                       "sae.json with it"):
         sae.save(tmp_path)
     assert formats.load(tmp_path, "sparsify").method.k == 4 and not (tmp_path / "sae.json").exists()
 
@@ -81,12 +82,14 @@ def test_the_geometric_median_resists_an_outlier_that_moves_the_mean():
 
 def test_the_unit_vectors_from_the_geometric_median_to_the_rows_sum_to_zero():
     x = torch.randn(101, 3, generator=torch.Generator().manual_seed(0)).exp()
-    torch.testing.assert_close(torch.nn.functional.normalize(x - geometric_median(x)).mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.nn.functional.normalize(x - geometric_median(x)).mean(0), torch.zeros(3),
+                               atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("d, n, dtype, rule", [(50, 64, torch.float32, "d_model is 50: it must be a multiple of 32"),
                                                (64, 50, torch.float32, "n_latents is 50: it must be a multiple of 32"),
-                                               (64, 64, torch.float64, "W_enc.dtype is torch.float64: it must be torch.float32, on the CPU")])
+                                               (64, 64, torch.float64,
+                                                "W_enc.dtype is torch.float64: it must be torch.float32, on the CPU")])
 def test_what_the_compiled_code_does_not_take_is_said(monkeypatch, d, n, dtype, rule):
     monkeypatch.setattr(native, "compiled", lambda: None)
     with pytest.raises(ValueError, match=rule):
@@ -94,11 +97,16 @@ def test_what_the_compiled_code_does_not_take_is_said(monkeypatch, d, n, dtype, 
 
 
 @pytest.mark.parametrize("cpu, compiler, fails, rule", [
-    ("AVX2", "g++", None, "the CPU lacks AVX-512"), ("AVX512", "no-such-compiler", None, "there is no C\\+\\+ compiler called no-such-compiler"),
-    ("AVX512", sys.executable, RuntimeError("Ninja is required"), "Ninja is required"), ("AVX512", sys.executable, AssertionError(), "AssertionError"),
-    ("AVX512", sys.executable, subprocess.CalledProcessError(1, "g++"), "Command 'g\\+\\+' returned non-zero exit status 1"),
-    ("AVX512", sys.executable, RuntimeError("Error building\ng++ ...\nnative.cpp:1: error: no such type"), "native.cpp:1: error: no such type")])
-def test_a_machine_that_can_not_compile_is_told_so_each_time_and_nothing_else_is_used(monkeypatch, tmp_path, cpu, compiler, fails, rule):
+    ("AVX2", "g++", None, "the CPU lacks AVX-512"), ("AVX512", "no-such-compiler", None,
+                                                     "there is no C\\+\\+ compiler called no-such-compiler"),
+    ("AVX512", sys.executable, RuntimeError("Ninja is required"), "Ninja is required"),
+                                                        ("AVX512", sys.executable, AssertionError(), "AssertionError"),
+    ("AVX512", sys.executable, subprocess.CalledProcessError(1, "g++"),
+     "Command 'g\\+\\+' returned non-zero exit status 1"),
+    ("AVX512", sys.executable, RuntimeError("Error building\ng++ ...\nnative.cpp:1: error: no such type"),
+     "native.cpp:1: error: no such type")])
+def test_a_machine_that_can_not_compile_is_told_so_each_time_and_nothing_else_is_used(monkeypatch, tmp_path, cpu,
+                                                                                      compiler, fails, rule):
     asked = []
 
     def load(*args, **kwargs):
@@ -112,18 +120,20 @@ def test_a_machine_that_can_not_compile_is_told_so_each_time_and_nothing_else_is
     native.build.cache_clear()
     try:
         for _ in range(2):
-            with pytest.raises(ValueError, match=f"path is 'native': it must be 'sparse' where it can't be compiled: {rule}"):
+            with pytest.raises(ValueError, match=f"path is 'native': it must be 'sparse' where it can't be compiled: "
+                               f"{rule}"):
                 SAE(32, 32, "topk", 2).run(torch.zeros(3, 32), "native")
         assert not native.available() and len(asked) == bool(fails)
         sae = SAE(64, 1024, "topk", 4)  # of a size and method that would gain
-        assert runs.pick_path("auto", "cpu", sae.method, sae.W_enc) == "sparse"
+        assert auto.pick_path("auto", "cpu", sae.method, sae.W_enc) == "sparse"
     finally:
         native.build.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_activations_of_another_type_are_encoded_in_that_of_the_weights(dtype):
-    sae, x = SAE(16, 64, "topk", 4, seed=1), torch.randn(20, 16, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    sae = SAE(16, 64, "topk", 4, seed=1)
+    x = torch.randn(20, 16, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     x_hat = sae(x)
     assert x_hat.dtype == dtype
     torch.testing.assert_close(x_hat, sae.decode(sae.encode(x)).to(dtype), rtol=1e-2, atol=1e-5)
@@ -147,7 +157,8 @@ def test_the_gradient_of_b_pre_is_that_of_the_formula():
     sae.b_pre.data += 0.3
     weight = torch.randn(30, 24, dtype=torch.float64)
     own = torch.autograd.grad((sae.encode(x) * weight).sum(), [sae.b_pre, sae.W_enc, sae.b_enc])
-    plain = torch.autograd.grad((torch.relu((x - sae.b_pre) @ sae.W_enc.t() + sae.b_enc) * weight).sum(), [sae.b_pre, sae.W_enc, sae.b_enc])
+    plain = torch.autograd.grad((torch.relu((x - sae.b_pre) @ sae.W_enc.t() + sae.b_enc) * weight).sum(),
+                                [sae.b_pre, sae.W_enc, sae.b_enc])
     for a, b in zip(own, plain):
         torch.testing.assert_close(a, b)
 
@@ -164,7 +175,8 @@ def test_a_description_that_json_can_not_hold_leaves_what_was_there(tmp_path):
     assert saelib.load(tmp_path).method.sparsity == 0.5
 
 
-@pytest.mark.parametrize("path_of", [lambda sae, x: sae(x), lambda sae, x: sae.encode(x), lambda sae, x: sae.decode(sae.encode(x))])
+@pytest.mark.parametrize("path_of", [lambda sae, x: sae(x), lambda sae, x: sae.encode(x),
+                                     lambda sae, x: sae.decode(sae.encode(x))])
 @pytest.mark.parametrize("method, sparsity", [("topk", 3), ("relu", 0.1)])
 def test_activations_come_back_in_the_shape_that_a_hook_hands_over(path_of, method, sparsity):
     sae, x = SAE(8, 24, method, sparsity, seed=1), torch.randn(2, 5, 8)
@@ -198,26 +210,34 @@ def test_in_a_models_units_it_takes_activations_of_any_scale_and_shift_and_gives
     moved = (inputs * 300 + 7).to(dtype).view(5, 6, 16)  # as a hook hands them over
     near = dict(rtol=0, atol=1e-3) if dtype == torch.float32 else dict(rtol=0.05, atol=5.0)
     torch.testing.assert_close(sae(moved), (x_hat * 300 + 7).to(dtype).view(5, 6, 16), **near)
-    torch.testing.assert_close(sae.normalised(moved.float()).view(30, 16), inputs, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-2)
+    torch.testing.assert_close(sae.normalised(moved.float()).view(30, 16), inputs, rtol=0,
+                               atol=1e-6 if dtype == torch.float32 else 1e-2)
     torch.testing.assert_close(sae(inputs), x_hat)
-    assert torch.equal(SAE(16, 40, "topk", 4)(moved.float()), SAE(16, 40, "topk", 4).run(moved.float().view(30, 16)).x_hat.view(5, 6, 16))
+    assert torch.equal(SAE(16, 40, "topk", 4)(moved.float()),
+                       SAE(16, 40, "topk", 4).run(moved.float().view(30, 16)).x_hat.view(5, 6, 16))
     assert torch.equal(SAE(16, 40, "topk", 4).normalised(moved), moved)
 
 
 def test_it_says_what_it_is_and_what_its_inputs_are():
-    assert repr(SAE(2, 3, "topk", 1, normalisation="unit_norm")).startswith("SAE(\n  d_model=2, n_latents=3, method='topk', k=1, normalisation='unit_norm'")
+    said = "SAE(\n  d_model=2, n_latents=3, method='topk', k=1, normalisation='unit_norm'"
+    assert repr(SAE(2, 3, "topk", 1, normalisation="unit_norm")).startswith(said)
 
 
 def test_what_is_no_tensor_is_named():
-    code = ("import numpy, saelib\nsae = saelib.SAE(2, 3, 'topk', 1)\n"  # in a process of its own, where annotations are not checked
-            "for call in (lambda: sae.encode(numpy.zeros((4, 2))), lambda: sae(numpy.zeros((4, 2))), lambda: saelib.evaluate(sae, numpy.zeros((4, 2)), 0.0)):\n"
+    # in a process of its own, where annotations are not checked
+    code = ("import numpy, saelib\nsae = saelib.SAE(2, 3, 'topk', 1)\n"
+            "for call in (lambda: sae.encode(numpy.zeros((4, 2))), lambda: sae(numpy.zeros((4, 2))), lambda: "
+            "saelib.evaluate(sae, numpy.zeros((4, 2)), 0.0)):\n"
             "    try:\n        call()\n    except ValueError as error:\n        print(error)")
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.splitlines()
-    assert said == ["x is 'ndarray': it must be a tensor"] * 2 + ["mean is 0.0: it must be None, or finite numbers of shape [d_model = 2]"]
+    assert said == ["x is 'ndarray': it must be a tensor"] * 2 + [
+        "mean is 0.0: it must be None, or finite numbers of shape [d_model = 2]"]
 
 
-@pytest.mark.parametrize("damage, rule", [({"W_enc": torch.full((3, 2), torch.nan)}, "W_enc must be a tensor of shape .3, 2., of finite numbers"),
-                                          ({"extra": torch.zeros(1)}, "one with no other tensors than W_enc, W_dec, b_enc, b_pre")])
+@pytest.mark.parametrize("damage, rule", [({"W_enc": torch.full((3, 2), torch.nan)},
+                                           "W_enc must be a tensor of shape .3, 2., of finite numbers"),
+                                          ({"extra": torch.zeros(1)},
+                                           "one with no other tensors than W_enc, W_dec, b_enc, b_pre")])
 def test_a_saved_sae_with_other_tensors_or_no_numbers_is_refused(tmp_path, damage, rule):
     SAE(2, 3, "topk", 1).save(tmp_path)
     save_file(load_file(tmp_path / "sae.safetensors") | damage, tmp_path / "sae.safetensors")
@@ -266,7 +286,9 @@ def test_where_nothing_can_be_kept_what_was_compiled_is_used_from_where_it_lies(
     monkeypatch.setenv("CXX", sys.executable)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SAELIB_CACHE", str(tmp_path / "file"))  # no folder, and none can be made there
-    monkeypatch.setattr("torch.utils.cpp_extension.load", lambda name, *args, build_directory, **options: Path(build_directory, f"{name}.so").write_text("made"))
+    monkeypatch.setattr("torch.utils.cpp_extension.load", lambda name, *args, build_directory, **options:
+                        Path(build_directory, f"{name}.so").write_text("made"))
     loaded = []
-    monkeypatch.setattr(native, "load", lambda module, path: loaded.append(path.read_text()) or types.ModuleType(module))
+    monkeypatch.setattr(native, "load", lambda module, path: loaded.append(path.read_text())
+                        or types.ModuleType(module))
     assert not isinstance(native.build.__wrapped__(), str) and loaded == ["made"]

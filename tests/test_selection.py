@@ -8,7 +8,8 @@ SPECIAL = [float("inf"), float("-inf"), 0.0, -0.0, 1e-40, -1e-40, 3.0, -3.0, 3.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n, k", [(1, 1), (7, 3), (64, 1), (64, 64), (511, 5), (513, 5), (1536, 40), (2048, 700), (12288, 40)])
+@pytest.mark.parametrize("n, k", [(1, 1), (7, 3), (64, 1), (64, 64), (511, 5), (513, 5), (1536, 40), (2048, 700),
+                                  (12288, 40)])
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_largest_are_those_of_topk(dtype, n, k, ties):
     values = torch.randn(50, n, generator=torch.Generator().manual_seed(0)) - 1

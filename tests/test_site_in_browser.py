@@ -120,8 +120,10 @@ def test_a_page_loads_without_errors_or_outside_requests(opened):
 def test_maths_is_typeset(opened):
     if opened.locator(".math").count() == 0:
         pytest.skip("no maths on this page")
-    opened.wait_for_selector("article mjx-container")  # a heading with maths stands in the contents too, which a narrow page hides
-    opened.wait_for_function("document.querySelectorAll('.math').length <= document.querySelectorAll('mjx-container').length")
+    # a heading with maths stands in the contents too, which a narrow page hides
+    opened.wait_for_selector("article mjx-container")
+    opened.wait_for_function("document.querySelectorAll('.math').length <= "
+                             "document.querySelectorAll('mjx-container').length")
     assert opened.locator("mjx-merror").count() == 0
 
 
@@ -135,16 +137,20 @@ def test_a_page_scrolls_down_only_on_a_phone_a_tablet_and_a_screen(opened):
 def test_no_line_of_code_is_cut_off_on_a_phone(opened):
     opened.set_viewport_size(NARROW)
     cut = "pre => pre.scrollWidth > pre.clientWidth && !pre.closest('.output')"
-    assert opened.evaluate(f"[...document.querySelectorAll('article pre')].filter({cut}).map(pre => pre.textContent)") == []
+    found = f"[...document.querySelectorAll('article pre')].filter({cut})"
+    assert opened.evaluate(f"{found}.map(pre => pre.textContent)") == []
 
 
 def test_a_box_that_scrolls_sideways_on_a_phone_fades_where_there_is_more(opened):
     opened.set_viewport_size(NARROW)
     opened.wait_for_timeout(300)
-    scrolls = "box => box.scrollWidth > box.clientWidth + 1 && ['auto', 'scroll'].includes(getComputedStyle(box).overflowX) && box.clientWidth"
+    scrolls = ("box => box.scrollWidth > box.clientWidth + 1 && box.clientWidth && "
+               "['auto', 'scroll'].includes(getComputedStyle(box).overflowX)")
     boxes = f"[...document.querySelectorAll('.bd-article *')].filter({scrolls})"
-    assert opened.evaluate(f"{boxes}.filter(box => !box.matches('.more-right')).map(box => box.outerHTML.slice(0, 200))") == []
-    assert opened.evaluate(f"[...document.querySelectorAll('.more-left, .more-right')].filter(box => !({scrolls})(box)).length") == 0
+    without = f"{boxes}.filter(box => !box.matches('.more-right'))"
+    assert opened.evaluate(f"{without}.map(box => box.outerHTML.slice(0, 200))") == []
+    assert opened.evaluate(f"[...document.querySelectorAll('.more-left, .more-right')].filter(box => "
+                           f"!({scrolls})(box)).length") == 0
     if opened.evaluate(f"{boxes}.length"):
         opened.evaluate(f"{boxes}.forEach(box => box.scrollLeft = 1e6)")
         opened.wait_for_timeout(100)
@@ -157,7 +163,7 @@ def test_a_margin_note_touches_no_figure_and_no_other_note(opened):
     opened.wait_for_timeout(300)
     touching = opened.evaluate(
         """() => {
-            const boxes = selector => [...document.querySelectorAll(selector)].map(element => element.getBoundingClientRect());
+            const boxes = selector => [...document.querySelectorAll(selector)].map(e => e.getBoundingClientRect());
             const touch = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
             const notes = boxes('aside.margin'), wide = boxes('article img, article .full-width');
             return notes.filter((note, i) => [...notes.slice(i + 1), ...wide].some(other => touch(note, other))).length;
@@ -166,7 +172,8 @@ def test_a_margin_note_touches_no_figure_and_no_other_note(opened):
     assert touching == 0
 
 
-ONLY_VIOLATIONS = {"resultTypes": ["violations"], "selectors": False}  # what is said of the rest takes a quarter of the time
+# what is said of the rest takes a quarter of the time
+ONLY_VIOLATIONS = {"resultTypes": ["violations"], "selectors": False}
 
 
 def serious_violations(axe, page):
@@ -177,7 +184,8 @@ def serious_violations(axe, page):
         page.wait_for_timeout(500)  # what the new width moves has settled: the theme waits 300 ms
         violations = axe.run(page, options=ONLY_VIOLATIONS).response["violations"]
         serious = [violation for violation in violations if violation["impact"] in ("serious", "critical")]
-        found += [f"{violation['id']} at {viewport['width']} px: {node['html'][:200]}" for violation in serious for node in violation["nodes"]]
+        found += [f"{violation['id']} at {viewport['width']} px: {node['html'][:200]}" for violation in serious
+                  for node in violation["nodes"]]
     return found
 
 
@@ -190,7 +198,8 @@ def test_axe_finds_no_serious_violation(opened, axe):
 def test_axe_finds_no_serious_violation_in_the_dark(page, axe, name):
     open_page(page, name, "dark")
     assert page.get_attribute("html", "data-theme") == "dark"
-    frames = page.eval_on_selector_all(".verdict", "all => all.map(one => getComputedStyle(one.closest('.text_html')).backgroundColor)")
+    frames = page.eval_on_selector_all(".verdict", "all => all.map(one => "
+                                       "getComputedStyle(one.closest('.text_html')).backgroundColor)")
     assert set(frames) <= {"rgba(0, 0, 0, 0)"}  # a light frame around a dark box is the brightest thing there
     assert serious_violations(axe, page) == []
 
@@ -247,7 +256,9 @@ def open_explorer(page, address="", **options):
 @needs_explorer
 def test_the_explorer_opens_from_the_folder_with_a_latent_and_a_program(page):
     explorer = open_explorer(page)
-    assert page.locator("#pst-page-toc-nav a").all_inner_texts()[:2] == [text.rstrip("#") for text in explorer.locator("h2").all_text_contents()] == ["Latents", "A program through both"]
+    titles = [text.rstrip("#") for text in explorer.locator("h2").all_text_contents()]
+    assert titles == ["Latents", "A program through both"]
+    assert page.locator("#pst-page-toc-nav a").all_inner_texts()[:2] == titles
     assert explorer.locator(".contexts li").count() > 0
     assert explorer.locator(".program").count() == 2
     assert (page.errors, page.outside) == ([], [])
@@ -300,7 +311,8 @@ def test_the_explorer_goes_by_keyboard(page):
 @needs_explorer
 def test_relu_misses_more_scale_than_topk(page):
     explorer = open_explorer(page)
-    topk, relu = (float(text.removeprefix("× ")) for text in explorer.locator(".program .name strong:nth-of-type(2)").all_text_contents())
+    factors = explorer.locator(".program .name strong:nth-of-type(2)").all_text_contents()
+    topk, relu = (float(text.removeprefix("× ")) for text in factors)
     assert relu > topk
 
 
@@ -338,21 +350,25 @@ def test_a_frontier_reads_its_runs_by_pointer_and_by_keyboard(page, name):
 def test_the_numbers_at_a_frontiers_axes_keep_apart_on_a_phone(page, name):
     open_page(page, name, viewport=NARROW)
     page.wait_for_selector(".frontier-live svg text")
-    boxes = page.evaluate("""[...document.querySelectorAll('.frontier-live svg text')].filter((t) => /^[0-9.]+$/.test(t.textContent))
-        .map((t) => t.getBoundingClientRect()).map((b) => [b.left, b.right, b.top, b.bottom])""")
+    boxes = page.evaluate("""[...document.querySelectorAll('.frontier-live svg text')]
+        .filter((t) => /^[0-9.]+$/.test(t.textContent)).map((t) => t.getBoundingClientRect())
+        .map((b) => [b.left, b.right, b.top, b.bottom])""")
     assert len(boxes) >= 4
     for i, (left, right, top, bottom) in enumerate(boxes):
         assert not any(left < b[1] and b[0] < right and top < b[3] and b[2] < bottom for b in boxes[i + 1:])
 
 
 def with_profiles(page, *profiles):
-    """Give each frontier of the next page the rows of these profiles: the site's own, with a third of the error at each next one."""
+    """Give each frontier of the next page the rows of these profiles: the site's own, with a third of the error at each
+    next one."""
     def answer(route):
         text = Path(unquote(urlsplit(route.request.url).path)).read_text("utf8")
         data = json.loads(text.removeprefix("saelibFrontier(").removesuffix(");\n"))
         own = next(iter(data["profiles"].values()))["figures"]
         data["profiles"] = {
-            profile: {"about": f"Run at {profile}.", "figures": {name: [row | {"normalized_mse": row["normalized_mse"] / 3**i} for row in rows] for name, rows in own.items()}}
+            profile: {"about": f"Run at {profile}.",
+                      "figures": {name: [row | {"normalized_mse": row["normalized_mse"] / 3**i} for row in rows]
+                                  for name, rows in own.items()}}
             for i, profile in enumerate(profiles)
         }
         route.fulfill(body=f"saelibFrontier({json.dumps(data)});", content_type="text/javascript")
@@ -369,7 +385,8 @@ def test_a_frontier_switches_between_profiles_and_offers_no_choice_of_one(page, 
     live.locator("select[name=profile]").focus()
     live.locator("select[name=profile]").select_option("laptop")
     assert float(live.locator("tbody tr td:nth-child(5)").first.text_content()) == pytest.approx(before / 3, abs=1e-4)
-    assert re.fullmatch(r"Profile laptop: \d seeds?, [\d,]+ training tokens each\. Run at laptop\.", live.locator(".origin").text_content())
+    assert re.fullmatch(r"Profile laptop: \d seeds?, [\d,]+ training tokens each\. Run at laptop\.",
+                        live.locator(".origin").text_content())
     assert page.evaluate("document.activeElement.name") == "profile"
     page.unroute_all()
     with_profiles(page, "quick")
@@ -406,7 +423,8 @@ def minutes_to_read(name):
 
 @pytest.mark.skipif(not (SITE / "notebooks").exists(), reason="this site has no chapters")
 def test_the_route_of_an_hour_takes_about_an_hour_and_all_chapters_about_two_and_a_half():
-    route = next(line for line in re.split(r"\n- ", (ROOT / "book" / "intro.md").read_text("utf8")) if "**An hour.**" in line)
+    route = next(line for line in re.split(r"\n- ", (ROOT / "book" / "intro.md").read_text("utf8"))
+                 if "**An hour.**" in line)
     named = re.findall(r"notebooks/(\w+)\.ipynb", route)
     assert 50 <= sum(map(minutes_to_read, named)) <= 65
     assert 130 <= sum(minutes_to_read(path.stem) for path in (SITE / "notebooks").glob("*.html")) <= 150
@@ -425,7 +443,8 @@ def test_the_scoreboard_can_be_filtered_by_words(page, name):
     page.locator(".scoreboard-filter input[type=search]").first.fill("no such words anywhere")
     assert rows.locator("visible=true").count() == 0
     page.locator(".scoreboard-filter input[type=search]").first.fill("")
-    shown = sum(int(text.split("(")[1].rstrip(")")) for text in page.locator(".scoreboard-filter label:has(input[type=radio])").all_text_contents()[1:])
+    counts = page.locator(".scoreboard-filter label:has(input[type=radio])").all_text_contents()[1:]
+    shown = sum(int(text.split("(")[1].rstrip(")")) for text in counts)
     assert shown == n_rows == rows.locator("visible=true").count()
 
 
@@ -433,6 +452,7 @@ def test_the_scoreboard_can_be_filtered_by_words(page, name):
 def test_on_a_phone_each_claim_is_a_card_that_can_be_hidden(page, name):
     open_page(page, name, viewport=NARROW)
     cards = page.locator("table.scoreboard tbody tr")
-    assert max(card["x"] + card["width"] for card in (cell.bounding_box() for cell in cards.first.locator("th, td").all())) <= NARROW["width"]
+    boxes = [cell.bounding_box() for cell in cards.first.locator("th, td").all()]
+    assert max(box["x"] + box["width"] for box in boxes) <= NARROW["width"]
     page.locator(".scoreboard-filter input[value=not-held]").check(force=True)
     assert cards.locator("visible=true").count() == cards.filter(has=page.locator(".verdict-badge.not-held")).count()

@@ -31,7 +31,8 @@ def test_each_epoch_of_each_seed_has_an_order_that_no_other_has():
 def test_a_batch_across_two_epochs_is_full_and_a_run_can_start_anywhere():
     source = sources.Source("t", [torch.arange(7.0)[:, None]], torch.zeros(1, 1))
     batches = list(source.batches(4, 7, seed=3))
-    assert all(len(b) == 4 for b in batches) and sorted(torch.cat(batches).flatten().tolist()) == sorted(4 * list(map(float, range(7))))
+    assert all(len(b) == 4 for b in batches)
+    assert sorted(torch.cat(batches).flatten().tolist()) == sorted(4 * list(map(float, range(7))))
     assert all(torch.equal(a, b) for a, b in zip(source.batches(4, 7, seed=3, start=2), batches[2:]))
 
 
@@ -59,7 +60,8 @@ def test_no_activation_is_both_trained_on_and_held_out(tmp_path):
     (torch.zeros(0, 4), r"source has shape \[0, 4\]: it must hold at least one token"),
     (torch.zeros(1, 4), "at least two tokens"),
     (torch.full((20, 4), 0.1), "source is 'the same vector again and again': it must be activations that differ"),
-    (torch.zeros(5, 4, dtype=torch.int64), "source is .a tensor of torch.int64, torch.strided.: it must be a dense one of torch.float16"),
+    (torch.zeros(5, 4, dtype=torch.int64), "source is .a tensor of torch.int64, torch.strided.: it must be a dense one "
+     "of torch.float16"),
     (torch.tensor([[1.0], [2.0], [float("nan")]]), "source holds NaN or Inf, first in row 2"),
     (torch.tensor([[1.0], [float("inf")], [1.0]]), "source holds NaN or Inf, first in row 1"),
 ])
@@ -69,7 +71,9 @@ def test_activations_that_cannot_be_used_are_refused_in_one_line(bad, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("shards, message", [([], "shards is \\[\\]"), ([torch.ones(3, 4), torch.ones(3, 5)], "source is 'of widths 5 and 4': it must be of one width")])
+@pytest.mark.parametrize("shards, message", [([], "shards is \\[\\]"),
+                                             ([torch.ones(3, 4), torch.ones(3, 5)],
+                                              "source is 'of widths 5 and 4': it must be of one width")])
 def test_shards_that_do_not_fit_together_are_refused(shards, message):
     with pytest.raises(ValueError, match=message):
         sources.Source("t", shards, torch.ones(1, 4))
@@ -90,7 +94,8 @@ def test_normalised_activations_keep_the_word_and_halves_do_not_overflow():
 
 def test_a_file_with_two_arrays_is_refused_by_their_names(tmp_path):
     save_file({"resid": torch.randn(9, 4), "attention": torch.randn(9, 4)}, tmp_path / "two.safetensors")
-    with pytest.raises(ValueError, match="two.safetensors with tensors attention, resid': it must be a file with one tensor"):
+    with pytest.raises(ValueError, match="two.safetensors with tensors attention, resid': it must be a file with one "
+                       "tensor"):
         saelib.open_source(str(tmp_path / "two.safetensors"), 5)
 
 
@@ -114,7 +119,8 @@ def test_features_are_as_frequent_and_as_strong_as_the_formula_says():
 
 @pytest.mark.parametrize("noise, rank", [(0.0, 8), (0.01, 31)])
 def test_noise_alone_leaves_the_span_of_the_features(noise, rank):
-    assert torch.linalg.matrix_rank(sources.synthetic(200, d_model=32, n_features=8, l0=3, noise=noise).shards[0]) == rank
+    assert torch.linalg.matrix_rank(sources.synthetic(200, d_model=32, n_features=8, l0=3,
+                                                      noise=noise).shards[0]) == rank
 
 
 @pytest.mark.parametrize("n_batches", [0, 1, 5])
@@ -159,7 +165,8 @@ def test_something_is_held_out_and_something_trained_on(fraction, message):
 def test_a_file_of_activations_that_cannot_be_read_is_one_line_that_names_it(name, tmp_path):
     if "damaged" in name:
         (tmp_path / name).write_bytes(b"no array")
-    with pytest.raises(ValueError, match=f"subject is '.*{name}': it must be a readable .npy or .safetensors file") as error:
+    rule = f"subject is '.*{name}': it must be a readable .npy or .safetensors file"
+    with pytest.raises(ValueError, match=rule) as error:
         subjects.open_source(str(tmp_path / name), 10)
     assert "\n" not in str(error.value)
 
@@ -181,7 +188,8 @@ def test_arrays_are_activations_however_they_lie_in_memory(x):
 def test_a_source_checks_its_normalisation_and_is_equal_to_itself_alone():
     with pytest.raises(ValueError, match="normalisation is 'unitnorm'"):
         sources.Source("a", [torch.randn(4, 3)], torch.randn(3, 3), "unitnorm")
-    with pytest.raises(ValueError, match="source is 'with a vector of norm .*': it must be activations that are normalised, as `from_tensor` does it"):
+    with pytest.raises(ValueError, match="source is 'with a vector of norm .*': it must be activations that are "
+                       "normalised, as `from_tensor` does it"):
         sources.Source("a", [torch.randn(4, 3)], sources.normalise(torch.randn(3, 3)), "unit_norm")
     one, other = (sources.from_tensor(torch.ones(4, 3).tril()) for _ in range(2))
     assert one == one and one != other and len({one, other}) == 2
@@ -204,3 +212,12 @@ def test_a_masked_entry_is_not_trained_on():
     x = numpy.ma.masked_invalid(numpy.array([[1.0, numpy.nan], [2.0, 3.0]]))
     with pytest.raises(ValueError, match="source is 'an array with masked entries': it must be one without"):
         sources.from_tensor(x)
+
+
+def test_a_frequency_has_a_most_and_the_others_share_what_is_left_over():
+    source = sources.synthetic(20_000, d_model=32, n_features=16, l0=4, exponent=2.0, noise=0.0)
+    on = (source.shards[0] @ torch.linalg.pinv(source.truth)).abs() > 1e-3
+    assert on[:, 0].float().mean().item() == pytest.approx(0.9, abs=0.01)
+    assert on.sum(1).float().mean().item() == pytest.approx(4, abs=0.05)
+    with pytest.raises(ValueError, match="l0 is 16: it must be above 0, and at most 0.9 n_features"):
+        sources.synthetic(100, n_features=16, l0=16)

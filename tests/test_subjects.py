@@ -17,15 +17,18 @@ WORDS = "the quick brown fox jumps over the lazy dog\n\n"
 def tiny(tmp_path_factory):
     """Folders with a decoder and an encoder of two and three layers."""
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator([WORDS * 10], vocab_size=300, special_tokens=["<end>", "[CLS]", "[SEP]"], show_progress=False)
+    tokenizer.train_from_iterator([WORDS * 10], vocab_size=300, special_tokens=["<end>", "[CLS]", "[SEP]"],
+                                  show_progress=False)
     torch.manual_seed(0)
     gpt = tmp_path_factory.mktemp("gpt")
     GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=2, n_head=2)).save_pretrained(gpt)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<end>").save_pretrained(gpt)
     bert = tmp_path_factory.mktemp("bert")
-    BertModel(BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)).save_pretrained(bert)
+    BertModel(BertConfig(vocab_size=300, hidden_size=16, num_hidden_layers=3, num_attention_heads=2,
+                         intermediate_size=32)).save_pretrained(bert)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, cls_token="[CLS]", sep_token="[SEP]")
-    wrapped.backend_tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    wrapped.backend_tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]",
+                                                                  special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
     wrapped.save_pretrained(bert)
     begun = tmp_path_factory.mktemp("begun")  # as Llama's and Gemma's do
     GPT2LMHeadModel.from_pretrained(gpt).save_pretrained(begun)
@@ -64,7 +67,9 @@ def test_a_local_model_and_local_text_become_a_source(tiny, text, kind):
 def test_special_tokens_wrap_an_encoders_windows_and_are_left_out(tiny, text):
     _, tokenizer = subjects.load(tiny["bert"])
     ids = subjects.windows(texts.documents(text, "train"), tokenizer, 5)
-    assert ids.shape == (5, 64) and (ids[:, 0] == tokenizer.cls_token_id).all() and (ids[:, -1] == tokenizer.sep_token_id).all()
+    assert ids.shape == (5, 64)
+    assert (ids[:, 0] == tokenizer.cls_token_id).all()
+    assert (ids[:, -1] == tokenizer.sep_token_id).all()
     rows = torch.cat(list(subjects.activations(tiny["bert"], text, "train", 62 * 5, None, "cpu")))
     assert len(rows) == 62 * 5
 
@@ -72,10 +77,19 @@ def test_special_tokens_wrap_an_encoders_windows_and_are_left_out(tiny, text):
 def test_each_window_begins_as_the_tokenizer_begins_a_text_and_that_position_is_left_out(tiny, text):
     model, tokenizer = subjects.load(tiny["begun"])
     ids = subjects.windows(texts.documents(text, "train"), tokenizer, 40)
-    assert ids.shape == (40, 64) and (ids[:, 0] == 1).all() and (ids[:, 1:] != 1).all() and (ids == tokenizer.eos_token_id).any()
+    assert ids.shape == (40, 64)
+    assert (ids[:, 0] == 1).all()
+    assert (ids[:,
+                                                                     1:] != 1).all()
+    assert (ids == tokenizer.eos_token_id).any()
     rows = torch.cat(list(subjects.harvest(model, ids, 1, slice(1, 64), "cpu")))
-    torch.testing.assert_close(torch.cat(list(subjects.activations(tiny["begun"], text, "train", 63 * 40, 1, "cpu"))), rows)
+    torch.testing.assert_close(torch.cat(list(subjects.activations(tiny["begun"], text, "train", 63 * 40, 1, "cpu"))),
+                               rows)
     assert len(rows) == 63 * 40
+
+
+def test_three_quarters_through_a_model_is_after_layer_3_of_4_and_4_of_6():
+    assert [int(subjects.DEPTH * n) for n in (4, 6, 12)] == [3, 4, 9]
 
 
 def test_the_cache_is_keyed_by_layer_text_and_weights(tiny, text, tmp_path):
@@ -84,7 +98,8 @@ def test_the_cache_is_keyed_by_layer_text_and_weights(tiny, text, tmp_path):
     subjects.open_source(tiny["gpt"], 500, text=text, layer=2)
     assert len(list((tmp_path / "cache").glob("*-train-*"))) == 2
     keys = [json.loads(p.read_text())["key"] for p in (tmp_path / "cache").rglob("index.json")]
-    assert all({"subject", "text", "split", "n_tokens", "layer", "context", "normalisation", "dtype", "code"} == set(k) for k in keys)
+    assert all({"subject", "text", "split", "n_tokens", "layer", "context", "normalisation", "dtype", "code"} == set(k)
+               for k in keys)
 
 
 def test_another_word_of_equal_length_is_another_text_in_the_cache(tiny, text, tmp_path, monkeypatch):
@@ -93,11 +108,13 @@ def test_another_word_of_equal_length_is_another_text_in_the_cache(tiny, text, t
     for path in (tmp_path / "text").iterdir():
         path.write_text(path.read_text().replace("fox", "dog"))
     after = subjects.open_source(tiny["gpt"], 500, text=text).shards[0].float()
-    assert len(list((tmp_path / "cache").glob("*-train-*"))) == 2 and not (before.shape == after.shape and torch.equal(before, after))
+    assert len(list((tmp_path / "cache").glob("*-train-*"))) == 2
+    assert not (before.shape == after.shape and torch.equal(before, after))
 
 
 def test_a_tenth_is_held_out_and_sixteen_thousand_tokens_at_least(tiny, text, monkeypatch):
-    monkeypatch.setattr(subjects, "activations", lambda subject, text, split, n, layer, device, start: iter([sources.normalise(torch.randn(n, 16))]))
+    monkeypatch.setattr(subjects, "activations", lambda subject, text, split, n, layer, device, start:
+                        iter([sources.normalise(torch.randn(n, 16))]))
     assert [len(subjects.open_source(tiny["gpt"], n, text=text).held_out) for n in (500, 200_000)] == [16_384, 20_000]
 
 
@@ -113,7 +130,8 @@ def test_windows_are_drawn_from_all_over_a_text_four_times_as_long(tiny):
 @pytest.mark.parametrize("n_files, blocks", [(1, 400), (5, 100), (1, 1)])
 def test_a_tenth_of_any_local_text_is_held_out(tmp_path, n_files, blocks):
     for i in range(n_files):
-        (tmp_path / f"{i}.txt").write_text(("\n\n" if blocks > 1 else "\n").join(f"{i} {j} words of it" for j in range(max(blocks, 200))))
+        (tmp_path / f"{i}.txt").write_text(("\n\n" if blocks > 1
+                                            else "\n").join(f"{i} {j} words of it" for j in range(max(blocks, 200))))
     train, held_out = (list(texts.local_text(tmp_path, split)) for split in ("train", "test"))
     assert len(held_out) == (len(train) + len(held_out)) // 10 > 0 and not set(held_out) & set(train)
 
@@ -121,7 +139,8 @@ def test_a_tenth_of_any_local_text_is_held_out(tmp_path, n_files, blocks):
 def test_a_text_that_is_too_short_is_named(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("SAELIB_CACHE", str(tmp_path / "cache"))
     (tmp_path / "short.txt").write_text("too short to cut\n" * 12)
-    with pytest.raises(ValueError, match=r"text is 'of \d+ tokens in this split': it must be long enough for a window of 64"):
+    with pytest.raises(ValueError, match=r"text is 'of \d+ tokens in this split': it must be long enough for a window "
+                       r"of 64"):
         subjects.open_source(tiny["gpt"], 100, text=str(tmp_path / "short.txt"))
     assert not (tmp_path / "cache").exists()
 
@@ -171,7 +190,8 @@ def test_files_are_read_in_an_order_of_their_own_that_is_the_same_in_every_run()
 
 
 def test_english_text_has_the_docstrings_of_modules_classes_and_functions(tmp_path, monkeypatch):
-    (tmp_path / "m.py").write_text('"""Of a module."""\nclass A:\n    """Of a class."""\n    async def f(self):\n        """Of a coroutine."""\ndef g():\n    """Of a function."""\n')
+    (tmp_path / "m.py").write_text('"""Of a module."""\nclass A:\n    """Of a class."""\n    async def f(self):\n      '
+                                   '  """Of a coroutine."""\ndef g():\n    """Of a function."""\n')
     monkeypatch.setattr(texts, "stdlib_files", lambda split: [tmp_path / "m.py"])
     *_, last = texts.english_text("train")
     assert set(last.split("\n\n")) == {"Of a module.", "Of a class.", "Of a function.", "Of a coroutine."}
@@ -209,12 +229,17 @@ def test_minilm_is_the_official_one_and_a_changed_one_is_refused(monkeypatch):
 
 def test_a_harvest_goes_on_where_it_stopped(tiny, text):
     whole = torch.cat(list(subjects.activations(tiny["begun"], text, "train", 900, 1, "cpu")))
-    rest = torch.cat(list(subjects.activations(tiny["begun"], text, "train", 900, 1, "cpu", 5 * 63)))  # windows of 63 tokens and a beginning
+    # windows of 63 tokens and a beginning
+    rest = torch.cat(list(subjects.activations(tiny["begun"], text, "train", 900, 1, "cpu", 5 * 63)))
     torch.testing.assert_close(whole[5 * 63:], rest)
 
 
-@pytest.mark.parametrize("content, rule", [(b"", "text is '.*text.txt': it must be 10 files, blocks or lines or more"), (b"one line\n" * 9, "text is '.*text.txt': it must be 10 files, blocks or lines or more"),
-                                           ("Größe\n".encode("latin1") * 20, "text is '.*text.txt': it must be a text in UTF-8"), (None, "text is '.*none': it must be 10 files")])
+@pytest.mark.parametrize("content, rule", [(b"", "text is '.*text.txt': it must be 10 files, blocks or lines or more"),
+                                           (b"one line\n" * 9,
+                                            "text is '.*text.txt': it must be 10 files, blocks or lines or more"),
+                                           ("Größe\n".encode("latin1") * 20,
+                                            "text is '.*text.txt': it must be a text in UTF-8"),
+                                           (None, "text is '.*none': it must be 10 files")])
 def test_a_local_text_that_can_not_be_split_or_read_is_named(tiny, tmp_path, monkeypatch, content, rule):
     monkeypatch.setenv("SAELIB_CACHE", str(tmp_path / "cache"))
     (tmp_path / "none").mkdir()
@@ -258,8 +283,10 @@ def test_a_device_may_be_torchs():
 def test_a_model_without_a_tokenizer_or_with_another_ones_is_named(tiny, text, tmp_path):
     for name in ("without", "smaller"):
         shutil.copytree(tiny["gpt"], tmp_path / name)
-    GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=64, n_embd=16, n_layer=2, n_head=2)).save_pretrained(tmp_path / "smaller")
-    with pytest.raises(ValueError, match="whose tokenizer makes token .*it must be a model that knows it: this one knows 50"):
+    GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=64, n_embd=16, n_layer=2,
+                               n_head=2)).save_pretrained(tmp_path / "smaller")
+    with pytest.raises(ValueError, match="whose tokenizer makes token .*it must be a model that knows it: this one "
+                       "knows 50"):
         subjects.open_source(str(tmp_path / "smaller"), 100, text=text)
     for file in (tmp_path / "without").glob("token*"):
         file.unlink()
@@ -267,8 +294,11 @@ def test_a_model_without_a_tokenizer_or_with_another_ones_is_named(tiny, text, t
         subjects.open_source(str(tmp_path / "without"), 100, text=text)
 
 
-@pytest.mark.parametrize("name, content, rule", [("x.pt", b"x", "it must be a folder of a model, or a file of activations that ends in .npy or .safetensors"),
-                                                 ("x.npy", b"some text", "it must be a readable .npy or .safetensors file of one array")])
+@pytest.mark.parametrize("name, content, rule", [("x.pt", b"x",
+                                                  "it must be a folder of a model, or a file of activations that ends "
+                                                  "in .npy or .safetensors"),
+                                                 ("x.npy", b"some text",
+                                                  "it must be a readable .npy or .safetensors file of one array")])
 def test_a_file_that_holds_no_activations_is_named(tmp_path, name, content, rule):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"subject is '.*{name}': {rule}"):
@@ -291,5 +321,6 @@ def test_hidden_files_are_no_text_and_a_text_is_no_files_name(tmp_path):
 
 @pytest.mark.parametrize("text", ["", None])
 def test_no_text_is_no_text(tiny, text):
-    with pytest.raises(ValueError, match=f"text is {text!r}: it must be 'python', 'english', .*: of the subjects only pygpt, minilm, gpt2 have one of their own"):
+    rule = "it must be 'python', 'english', .*: the subject '.*/gpt0' has none of its own, as pygpt, minilm, gpt2 have"
+    with pytest.raises(ValueError, match=f"text is {text!r}: {rule}"):
         subjects.open_source(tiny["gpt"], 100, text=text)

@@ -8,8 +8,9 @@ import torch
 import saelib
 from saelib import auxk, sources
 from saelib.auxk import auxk_term, default_k_aux
+from saelib.loop import Loop
 from saelib.sae import SAE
-from saelib.train import Loop, paper_lr, schedule, train
+from saelib.train import paper_lr, schedule, train
 
 X = sources.normalise(torch.randn(2000, 16, generator=torch.Generator().manual_seed(0)))
 
@@ -53,12 +54,13 @@ def test_a_step_keeps_the_order_of_the_design(monkeypatch):
         monkeypatch.setattr(owner, name, lambda *a, **k: (seen.append(word), original(*a, **k))[1])
 
     note(SAE, "run", "forward"), note(Loop, "count_fired", "count"), note(Loop, "terms", "terms")
-    note(saelib.train, "check_finite", "finite"), note(torch.optim.Adam, "zero_grad", "zero")
+    note(saelib.loop, "check_finite", "finite"), note(torch.optim.Adam, "zero_grad", "zero")
     note(torch.Tensor, "backward", "backward"), note(SAE, "remove_parallel_gradient", "project")
     note(torch.nn.utils, "get_total_norm", "clip"), note(torch.optim.Adam, "step", "step")
     note(SAE, "normalise_decoder", "renormalise"), note(torch.optim.swa_utils.AveragedModel, "update_parameters", "ema")
     short(n_steps=1, ema_decay=0.9, on_step=lambda step: seen.append("on_step"))
-    assert seen[:12] == ["zero", "forward", "count", "terms", "finite", "backward", "project", "clip", "step", "renormalise", "ema", "on_step"]
+    assert seen[:12] == ["zero", "forward", "count", "terms", "finite", "backward", "project", "clip", "step",
+                         "renormalise", "ema", "on_step"]
 
 
 @pytest.mark.parametrize("length", [0.5, 1.0, 3.0])
@@ -128,12 +130,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where():
 def test_the_average_of_the_weights_is_that_of_its_formula_with_unit_rows():
     """m <- decay m + (1 - decay) w after each step, from the first step's w on."""
     sae, seen = SAE(16, 40, "topk", 4), []
-    train(sae, batches_of(X, 3), 3, lr=1e-2, ema_decay=0.9, on_step=lambda step: seen.append({n: p.detach().clone() for n, p in sae.named_parameters()}))
+    train(sae, batches_of(X, 3), 3, lr=1e-2, ema_decay=0.9,
+          on_step=lambda step: seen.append({n: p.detach().clone() for n, p in sae.named_parameters()}))
     for name, averaged in sae.named_parameters():
         mean = seen[0][name]
         for later in seen[1:]:
             mean = 0.9 * mean + 0.1 * later[name]
-        torch.testing.assert_close(averaged.detach(), mean / mean.norm(dim=1, keepdim=True) if name == "W_dec" else mean)
+        torch.testing.assert_close(averaged.detach(), mean / mean.norm(dim=1, keepdim=True) if name == "W_dec"
+                                   else mean)
 
 
 def test_more_batches_than_steps_are_left_and_fewer_are_an_error(tmp_path):
@@ -151,7 +155,8 @@ def test_the_log_counts_the_tokens_of_a_shorter_last_batch():
 
 def test_the_last_step_leaves_a_row_whatever_their_number(monkeypatch):
     monkeypatch.setattr(saelib.train, "LOG_POINTS", 3)
-    assert [row["step"] for row in short(n_steps=8)[1]] == [2, 4, 6, 8] and [row["step"] for row in short(n_steps=7)[1]] == [2, 4, 6, 7]
+    assert [row["step"] for row in short(n_steps=8)[1]] == [2, 4, 6, 8]
+    assert [row["step"] for row in short(n_steps=7)[1]] == [2, 4, 6, 7]
 
 
 def test_the_log_counts_as_dead_what_was_silent_for_more_than_dead_after_tokens():
@@ -166,7 +171,9 @@ def test_the_penalty_rises_over_its_warmup_and_then_stays():
     assert [row["l1"] / history[-1]["l1"] for row in history] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1, 1, 1, 1, 1])
 
 
-@pytest.mark.parametrize("changes, message", [({"lr": 2e-3}, "of a run with lr 0.001"), ({"n_steps": 40}, "of a run with n_steps 30"), ({"precision": "bf16"}, "of a run with precision 'fp32'")])
+@pytest.mark.parametrize("changes, message", [({"lr": 2e-3}, "of a run with lr 0.001"),
+                                              ({"n_steps": 40}, "of a run with n_steps 30"),
+                                              ({"precision": "bf16"}, "of a run with precision 'fp32'")])
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(saelib.train, "CHECKPOINT_SECONDS", 0)
 
@@ -203,7 +210,9 @@ def test_auxk_does_not_reach_a_latent_of_relu_that_is_silent_on_the_batch():
     dead = (~sae.run(X[:50]).fired()).nonzero().squeeze(1)
     term = auxk_term(sae, X[:50], sae(X[:50]), dead, 4)
     term.backward()
-    assert len(dead) >= 9 and term > 0 and not any(p.grad.to_dense().any() for p in sae.parameters() if p.grad is not None)
+    assert len(dead) >= 9
+    assert term > 0
+    assert not any(p.grad.to_dense().any() for p in sae.parameters() if p.grad is not None)
 
 
 def test_auxk_predicts_the_residual_without_b_pre_from_the_largest_dead_latents():
@@ -284,8 +293,11 @@ def test_batchtopk_counts_its_cuts_on_the_dense_path_in_bfloat16():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (dict(penalty_warmup=-1), "penalty_warmup is -1: it must be a number from 0 to 1"), (dict(lr=-1.0), "lr is -1.0: it must be a number from 0 to inf"),
-    (dict(k_aux=0), "k_aux is 0: it must be a whole number, 1 or more"), (dict(path="auto"), "path is 'auto': it must be one of sparse, graph, native, dense"),
+    (dict(penalty_warmup=-1), "penalty_warmup is -1: it must be a number from 0 to 1"),
+                                                  (dict(lr=-1.0), "lr is -1.0: it must be a finite number, 0 or more"),
+    (dict(k_aux=0), "k_aux is 0: it must be a whole number, 1 or more"),
+                                                  (dict(path="auto"),
+                                                   "path is 'auto': it must be one of sparse, graph, native, dense"),
 ])
 def test_what_training_does_not_take_is_named_before_the_first_step(options, message):
     with pytest.raises(ValueError, match=message):
@@ -306,7 +318,8 @@ def stop(step):
     if step == 3:
         raise KeyboardInterrupt
 def go(**more):
-    return t.train(SAE(8, 20, "topk", numpy.int64(4)), lambda step: iter([x] * (6 - step)), 6, lr=numpy.float64(1e-3), checkpoint=sys.argv[1], **more)
+    sae = SAE(8, 20, "topk", numpy.int64(4))
+    return t.train(sae, lambda step: iter([x] * (6 - step)), 6, lr=numpy.float64(1e-3), checkpoint=sys.argv[1], **more)
 try:
     go(on_step=stop)
 except KeyboardInterrupt:
@@ -317,7 +330,8 @@ except KeyboardInterrupt:
 
 
 def test_a_run_of_numpy_numbers_is_resumed(tmp_path):
-    subprocess.run([sys.executable, "-c", NUMPY, tmp_path / "c.pt"], check=True)  # beside the type checks of these tests
+    # beside the type checks of these tests
+    subprocess.run([sys.executable, "-c", NUMPY, tmp_path / "c.pt"], check=True)
 
 
 @pytest.mark.parametrize("name", ["squared_error", "auxk"])
@@ -340,20 +354,26 @@ def test_an_sae_that_was_in_use_is_trained_in_training_mode():
     assert sae.method.threshold > 0 and not sae.training
 
 
-@pytest.mark.parametrize("options, message", [(dict(dead_after=0), "dead_after is 0: it must be a whole number, 1 or more"), (dict(n_steps=0), "n_steps is 0: it must be a whole number, 1 or more")])
+@pytest.mark.parametrize("options, message", [(dict(dead_after=0),
+                                               "dead_after is 0: it must be a whole number, 1 or more"),
+                                              (dict(n_steps=0), "n_steps is 0: it must be a whole number, 1 or more")])
 def test_a_number_of_tokens_or_steps_below_1_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         train(SAE(16, 40, "topk", 4), lambda step: iter([X]), **{"n_steps": 1} | options)
 
 
-@pytest.mark.parametrize("name, here", [("penalty_warmup", 0.5), ("auxk_coef", 0.25), ("k_aux", 4), ("dead_after", 500), ("ema_decay", 0.5), ("sparsity", 5), ("method", "batchtopk")])
+@pytest.mark.parametrize("name, here", [("penalty_warmup", 0.5), ("auxk_coef", 0.25), ("k_aux", 4),
+                                        ("dead_after", 500), ("ema_decay", 0.5), ("sparsity", 5),
+                                        ("method", "batchtopk")])
 def test_a_checkpoint_of_a_run_with_any_other_setting_is_refused(tmp_path, monkeypatch, name, here):
     def stop(step):
         raise KeyboardInterrupt
 
     def go(on_step=None, method="topk", sparsity=4, **options):
-        train(SAE(16, 40, method, sparsity), batches_of(X, 30), 30, lr=1e-3, checkpoint=tmp_path / "c.pt", on_step=on_step,
-                    **{"penalty_warmup": 0.1, "auxk_coef": 0.5, "k_aux": 8, "dead_after": 1000, "ema_decay": 0.9} | options)
+        train(SAE(16, 40, method, sparsity), batches_of(X, 30), 30, lr=1e-3, checkpoint=tmp_path / "c.pt",
+              on_step=on_step,
+                    **{"penalty_warmup": 0.1, "auxk_coef": 0.5, "k_aux": 8, "dead_after": 1000, "ema_decay": 0.9}
+              | options)
 
     monkeypatch.setattr(saelib.train, "CHECKPOINT_SECONDS", 0)
     with pytest.raises(KeyboardInterrupt):

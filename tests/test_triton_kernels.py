@@ -9,7 +9,8 @@ import torch
 ON_GPU = torch.cuda.is_available()
 triton = pytest.importorskip("triton", reason="Triton is not installed: it exists for Linux")
 
-from saelib import kernels, methods, pairs, train, triton_adam, triton_kernels, triton_select  # noqa: E402
+from saelib import kernels, losses, methods, pairs, triton_adam, triton_kernels, triton_select  # noqa: E402
+from saelib.loop import Loop  # noqa: E402
 from saelib.sae import SAE  # noqa: E402
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -19,7 +20,8 @@ EXACT = {"rtol": 1e-5, "atol": 1e-5}
 
 @pytest.fixture(autouse=True)
 def memory_that_nobody_wrote_is_not_a_number():
-    torch.use_deterministic_algorithms(not ON_GPU)  # it fills new tensors with NaN, and forbids some of the twins on a GPU
+    # it fills new tensors with NaN, and forbids some of the twins on a GPU
+    torch.use_deterministic_algorithms(not ON_GPU)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -81,7 +83,8 @@ def test_bf16_selection_agrees_with_the_exact_one_on_nearly_every_latent():
 def test_the_precision_is_that_of_the_product(monkeypatch, precision, dtype):
     monkeypatch.setattr(kernels, "on_gpu", lambda x: True)
     x, W_enc, b_enc = random(9, 16), random(50, 16, seed=1), random(50, seed=2)
-    for ours, twin in zip(kernels.select(x, W_enc, b_enc, 4, precision), triton_select.select(x.to(dtype), W_enc.to(dtype), b_enc, 4)):
+    for ours, twin in zip(kernels.select(x, W_enc, b_enc, 4, precision),
+                          triton_select.select(x.to(dtype), W_enc.to(dtype), b_enc, 4)):
         assert torch.equal(ours, twin)
 
 
@@ -95,10 +98,12 @@ def test_select_works_through_many_tokens_in_parts(monkeypatch):
 @pytest.mark.parametrize("tma", [False, True])
 @pytest.mark.parametrize("n, group", [(150, 32), (152, 16), (200, 64)])
 def test_scores_are_the_product_and_the_maxima_are_those_of_its_groups(dtype, tma, n, group):
-    x, weight, bias = random(300, 24).to(dtype), random(n, 24, seed=1).to(dtype), random(n, seed=2) - 100  # a maximum below 0
+    # a maximum below 0
+    x, weight, bias = random(300, 24).to(dtype), random(n, 24, seed=1).to(dtype), random(n, seed=2) - 100
     scores, maxima = triton_select.scores(x, weight, bias, group, tma=tma)
     exact = x.float() @ weight.float().t() + bias
-    torch.testing.assert_close(scores.float(), exact, **(EXACT if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-1}))
+    torch.testing.assert_close(scores.float(), exact, **(EXACT if dtype == torch.float32
+                                                         else {"rtol": 1e-2, "atol": 1e-1}))
     padded = torch.nn.functional.pad(scores.float(), (0, -n % group), value=float("-inf"))
     assert torch.equal(maxima.float(), padded.view(300, -1, group).amax(2))
 
@@ -120,7 +125,7 @@ def test_a_tie_goes_to_the_lowest_place():
 
 def test_a_row_that_is_not_a_number_still_yields_k_places_within_it():
     places = triton_select.largest(torch.full((2, 100), float("nan"), device=DEVICE), 7)[1]
-    assert all(len(set(row)) == 7 and 0 <= min(row) and max(row) < 100 for row in places.tolist())
+    assert all(len(set(row)) == 7 and min(row) >= 0 and max(row) < 100 for row in places.tolist())
 
 
 def test_groups_without_latents_are_never_chosen_from():
@@ -145,20 +150,26 @@ def test_the_three_products_are_those_of_the_sparse_matrix(batch, d, k, n, dtype
     indices, values = distinct(batch, k, n), random(batch, k)
     tokens, rows, active = random(batch, d, seed=1).to(dtype), random(n, d, seed=2).to(dtype), pairs.Active(indices, n)
     if dtype == torch.float32:
-        torch.testing.assert_close(triton_kernels.decode(values, indices, rows), active.decode(values, rows), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(triton_kernels.dot(tokens, indices, rows), active.dot(tokens, rows), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(triton_kernels.decode(values, indices, rows), active.decode(values, rows),
+                                   rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(triton_kernels.dot(tokens, indices, rows), active.dot(tokens, rows), rtol=1e-4,
+                                   atol=1e-4)
         bias = random(d, seed=3)
-        torch.testing.assert_close(triton_kernels.decode(values, indices, rows, bias), active.decode(values, rows, bias), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(triton_kernels.decode(values, indices, rows, bias),
+                                   active.decode(values, rows, bias), rtol=1e-4, atol=1e-4)
         both = values.sin(), tokens, values, tokens.cos()
-        for ours, twin in zip(triton_kernels.gradients(*triton_kernels.group_by_latent(indices, n), *both, n), active.gradients(*both)):
+        for ours, twin in zip(triton_kernels.gradients(*triton_kernels.group_by_latent(indices, n), *both, n),
+                              active.gradients(*both)):
             torch.testing.assert_close(ours, twin, rtol=1e-4, atol=1e-4)
         assert torch.equal(triton_kernels.fired(values, indices, n), active.fired(values.relu()))
         for given in (dtype, torch.bfloat16):
-            torch.testing.assert_close(triton_kernels.centre(tokens, bias, given), active.centre(tokens, bias, given), rtol=1e-2, atol=1e-6)
+            torch.testing.assert_close(triton_kernels.centre(tokens, bias, given), active.centre(tokens, bias, given),
+                                       rtol=1e-2, atol=1e-6)
     matrix, grouped = dense(values, indices, n), triton_kernels.group_by_latent(indices, n)
-    torch.testing.assert_close(triton_kernels.decode(values, indices, rows), matrix @ rows.float(), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(triton_kernels.dot(tokens, indices, rows), (tokens.float() @ rows.float().t()).gather(1, indices.long()),
-                               rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(triton_kernels.decode(values, indices, rows), matrix @ rows.float(), rtol=1e-4,
+                               atol=1e-4)
+    torch.testing.assert_close(triton_kernels.dot(tokens, indices, rows),
+                               (tokens.float() @ rows.float().t()).gather(1, indices.long()), rtol=1e-4, atol=1e-4)
     check_gradients(grouped, values, tokens, indices, n)
 
 
@@ -185,7 +196,10 @@ def test_grouping_is_that_of_the_twin():
     indices = distinct(50, 4, 30)
     order, token_of, starts, latents = triton_kernels.group_by_latent(indices, 30)
     twin = pairs.Active(indices, 30).by_latent
-    assert torch.equal(order, twin[0]) and torch.equal(token_of, twin[1]) and torch.equal(starts, twin[2]) and starts[-1] == 200
+    assert torch.equal(order, twin[0])
+    assert torch.equal(token_of, twin[1])
+    assert torch.equal(starts, twin[2])
+    assert starts[-1] == 200
     assert latents.tolist() == sorted(indices.flatten().tolist())
 
 
@@ -199,7 +213,8 @@ def test_adam_by_rows_is_tangent_gradient_then_adam_then_unit_norm(n, d, unit):
     for step in range(1, 5):
         grad = random(n, d, seed=step)
         tangent = grad - unit * (grad * twin.detach()).sum(1, keepdim=True) * twin.detach()
-        torch.testing.assert_close(triton_adam.square_norm(grad, ours, unit), tangent.square().sum(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(triton_adam.square_norm(grad, ours, unit), tangent.square().sum(), rtol=1e-4,
+                                   atol=1e-6)
         clip = 1 / tangent.norm().clamp_min(1)
         twin.grad = tangent * clip
         adam.step()
@@ -207,7 +222,8 @@ def test_adam_by_rows_is_tangent_gradient_then_adam_then_unit_norm(n, d, unit):
             with torch.no_grad():
                 twin /= twin.norm(dim=1, keepdim=True)
         kept = grad.clone()
-        factors = triton_adam.adam_factors(torch.tensor(0.01, device=DEVICE), torch.tensor(float(step), device=DEVICE), 0.9, 0.999)
+        factors = triton_adam.adam_factors(torch.tensor(0.01, device=DEVICE), torch.tensor(float(step), device=DEVICE),
+                                           0.9, 0.999)
         triton_adam.adam_rows(ours, grad, m, v, clip, factors, beta1=0.9, beta2=0.999, eps=6.25e-10, unit=unit)
         assert torch.equal(grad, kept)
         state = adam.state[twin]
@@ -221,10 +237,13 @@ def test_adam_by_rows_is_tangent_gradient_then_adam_then_unit_norm(n, d, unit):
 
 @pytest.mark.parametrize("name, call", {
     "k is 9": lambda: triton_select.select(random(2, 3), random(8, 3), random(8), 9),
-    "weight.dtype is torch.float64": lambda: triton_select.select(random(2, 3).double(), random(8, 3).double(), random(8).double(), 2),
+    "weight.dtype is torch.float64": lambda: triton_select.select(random(2, 3).double(), random(8, 3).double(),
+                                                                  random(8).double(), 2),
     "tma is True": lambda: triton_select.scores(random(2, 3), random(8, 3), random(8), tma=True),
-    "starts is 3": lambda: triton_kernels.gradients(*triton_kernels.group_by_latent(distinct(4, 2, 2), 2), random(4, 2), random(4, 3), random(4, 2), random(4, 3), 5),
-    "values is [4, 2]": lambda: triton_kernels.gradients(*triton_kernels.group_by_latent(distinct(4, 2, 2), 2), random(4, 2), random(4, 3), random(2, 4).t(), random(4, 3), 2),
+    "starts is 3": lambda: triton_kernels.gradients(*triton_kernels.group_by_latent(distinct(4, 2, 2), 2),
+                                                    random(4, 2), random(4, 3), random(4, 2), random(4, 3), 5),
+    "values is [4, 2]": lambda: triton_kernels.gradients(*triton_kernels.group_by_latent(distinct(4, 2, 2), 2),
+                                                         random(4, 2), random(4, 3), random(2, 4).t(), random(4, 3), 2),
 }.items())
 def test_an_argument_that_breaks_its_rule_is_named(name, call):
     with pytest.raises(ValueError, match=re.escape(name) + ".*: it must be"):
@@ -242,14 +261,15 @@ def a_loop(monkeypatch, on_gpu, method="topk", precision="fp32", n_steps=4):
     """A few steps of training with dead latents, checkpointed and taken up again in the middle."""
     monkeypatch.setattr(kernels, "on_gpu", lambda x: on_gpu)
     sparsity = {"topk": 3, "relu": 0.05, "gained": 0.05}[method]
-    fresh = lambda: train.Loop(SAE(12, 40, method, sparsity).to(DEVICE), 1e-2, 30, 1 / 32, 4, 0.0)
+    fresh = lambda: Loop(SAE(12, 40, method, sparsity).to(DEVICE), 1e-2, 30, 1 / 32, 4, 0.0)
     loop, history = fresh(), []
     for step in range(n_steps):
         if step == 2:
             loop, state = fresh(), loop.state()
             loop.restore(state)
         loop.look_every = int(on_gpu)
-        # seeds far from the SAE's own: with that one a token IS a row, and what is left of a gradient is rounding, which Adam makes large
+        # seeds far from the SAE's own: with that one a token IS a row, and what is left of a gradient is rounding,
+        # which Adam makes large
         loop.one(random(16, 12, seed=100 + step), 1.0, 1.0, "sparse", precision, log=True)
         history.append(loop.history[-1]["squared_error"])
     return [p.detach() for p in loop.sae.parameters()], history
@@ -285,7 +305,7 @@ def test_training_in_bf16_on_the_kernels_of_the_gpu_stays_near_float32(monkeypat
 
 def test_the_copies_of_the_weights_follow_every_step_and_every_restored_state(monkeypatch):
     monkeypatch.setattr(kernels, "on_gpu", lambda x: True)
-    loop = train.Loop(SAE(12, 40, "topk", 3).to(DEVICE), 1e-1, 10**6, 0.0, 4, 0.0)
+    loop = Loop(SAE(12, 40, "topk", 3).to(DEVICE), 1e-1, 10**6, 0.0, 4, 0.0)
     first, state = None, {key: value.clone() for key, value in loop.sae.state_dict().items()}
     for step in range(3):
         loop.one(random(16, 12, seed=100 + step), 1.0, 1.0, "sparse", "bf16", log=False)
@@ -305,7 +325,7 @@ def test_methods_that_choose_otherwise_find_the_same_on_the_kernels_of_the_gpu(m
         monkeypatch.setattr(kernels, "on_gpu", lambda x: on_gpu)
         sae, x = SAE(12, 40, method, 3).to(DEVICE), random(9, 12, seed=100)
         out = sae.run(x)
-        loss = train.losses.squared_error(x, out.x_hat) + sum(sae.method.penalty(sae, x, out).values())
+        loss = losses.squared_error(x, out.x_hat) + sum(sae.method.penalty(sae, x, out).values())
         found.append([loss.detach(), *torch.autograd.grad(loss, list(sae.parameters()))])
     for ours, twin in zip(*found):
         torch.testing.assert_close(ours, twin, rtol=1e-4, atol=1e-5)

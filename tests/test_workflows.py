@@ -1,4 +1,5 @@
-"""The workflows on GitHub: actions pinned by commit, no right that a job does not need, and the README's own commands."""
+"""The workflows on GitHub: actions pinned by commit, no right that a job does not need, and the README's own
+commands."""
 import re
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def test_no_checkout_leaves_its_credentials_behind(path):
 
 
 def test_they_run_the_commands_of_the_readme():
-    run = [step["run"] for path in WORKFLOWS for step in steps(path) if "run" in step] + [(ROOT / ".ci" / "run").read_text()]
-    made = set(re.findall(r"make (\w+)", "\n".join(line for text in run for line in text.splitlines() if not line.startswith("#"))))
+    run = [step["run"] for path in WORKFLOWS for step in steps(path)
+           if "run" in step] + [(ROOT / ".ci" / "run").read_text()]
+    made = set(re.findall(r"make (\w+)", "\n".join(line for text in run for line in text.splitlines()
+                                                   if not line.startswith("#"))))
     told = set(re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.M))
     assert made == {"book", "test"} <= told

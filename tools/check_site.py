@@ -77,7 +77,8 @@ def main(folder):
         raise SystemExit(f"{folder}: no index.html here; build the book first")
     site = Site(root)
     problems = list(site.problems())
-    print("\n".join(problems) or f"{len(site.pages)} pages checked: links, anchors, alternative texts, no outside asset")
+    print("\n".join(problems)
+          or f"{len(site.pages)} pages checked: links, anchors, alternative texts, no outside asset")
     return bool(problems)
 
 

@@ -1,4 +1,5 @@
-"""Keep of the runs in runs/ what the site shows of runs that it was not built from: how long each took, and its frontiers.
+"""Keep of the runs in runs/ what the site shows of runs that it was not built from: how long each took, and its
+frontiers.
 
     python tools/keep.py [PROFILE ...]      every profile that has runs, if none is named
 

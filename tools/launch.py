@@ -31,7 +31,8 @@ def repository_url(pyproject=ROOT / "pyproject.toml"):
 
 
 def launch_source(url):
-    """The cell's code: it installs from the repository, or, as long as that has no address, from the clone around it."""
+    """The cell's code: it installs from the repository, or, as long as that has no address, from the clone around
+    it."""
     return SOURCE.replace("REQUIREMENT", f"saelib[minilm] @ git+{url}" if url else "..[minilm]")
 
 

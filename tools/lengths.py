@@ -1,9 +1,12 @@
-"""Train TopK and ReLU on pygpt for longer and longer, each at the best learning rate for that length: the same grid for both.
+"""Train TopK and ReLU on pygpt for longer and longer, each at the best learning rate for that length: the same grid for
+both.
 
     python tools/lengths.py
 
-The rate is chosen by the first seed, by the normalized MSE at L0 = 32; the other seeds are then trained at that rate. Every run reads the same
-activations: all that the standard library gives, 2.5 million with Python 3.11, so that only the longest read some twice. Rows go to saelib/rows/lengths.jsonl, which later calls go on from; chapter 6 draws them. An hour on two cores.
+The rate is chosen by the first seed, by the normalized MSE at L0 = 32; the other seeds are then trained at that rate.
+Every run reads the same activations: all that the standard library gives, 2.5 million with Python 3.11, so that only
+the longest read some twice. Rows go to saelib/rows/lengths.jsonl, which later calls go on from; chapter 6 draws them.
+An hour on two cores.
 """
 from saelib import RunConfig, frontiers, sweep
 
@@ -23,7 +26,8 @@ def main():
     for n_tokens in LENGTHS:
         searched = sweep([c for method in SPARSITIES for c in configs(method, GRID, (0,), n_tokens)], frontiers.LENGTHS)
         best = {row["config"]["method"]: row["config"]["lr"] for row in frontiers.at_best_rates(searched, L0)}
-        again = sweep([c for method, lr in best.items() for c in configs(method, (lr,), range(1, N_SEEDS), n_tokens)], frontiers.LENGTHS)
+        again = sweep([c for method, lr in best.items() for c in configs(method, (lr,), range(1, N_SEEDS), n_tokens)],
+                      frontiers.LENGTHS)
         ratios = frontiers.ratios(frontiers.at_best_rates(searched + again, L0), "relu", "topk")[L0]
         print(f"{n_tokens} tokens: best rates {best}; error of ReLU over TopK's at L0 {L0}: {ratios}", flush=True)
 

@@ -139,16 +139,19 @@ def train_pair(settings):
 def read_windows(model, ids, layer):
     """Activations of windows of tokens, as the autoencoders expect them, and the size that normalising took away."""
     import torch
+
     from saelib import sources, subjects
 
-    streams = [subjects.residual_stream(model, piece, layer).flatten(0, 1).float() for piece in ids.split(subjects.WINDOWS)]
+    streams = [subjects.residual_stream(model, piece, layer).flatten(0, 1).float()
+               for piece in ids.split(subjects.WINDOWS)]
     stream = torch.cat(streams)
     sizes = (stream - stream.mean(1, keepdim=True)).norm(dim=1)
     return sources.normalise(stream), float(sizes.mean())
 
 
 def direct_effect(model, ids, sae, size, mean_active):
-    """What each latent, at its mean activation when active, adds to the logit of each next token, [n_latents, n_tokens].
+    """What each latent, at its mean activation when active, adds to the logit of each next token, [n_latents,
+    n_tokens].
 
     An approximation, by the direct path: the decoder row, at the size that activations had before they were
     normalised, goes through the final layer norm and the unembedding. What the blocks after it make of it is left
@@ -229,7 +232,8 @@ def token_measures(sae, x, z, mean):
     factor = ((x - sae.b_pre) * made).sum(1) / made.pow(2).sum(1).clamp_min(1e-12)
     size = (x_hat - mean).norm(dim=1) / about_mean.sqrt()
     error = (x - x_hat).pow(2).sum(1) / about_mean.mean()
-    return {"size": milli(size), "factor": milli(factor), "error": milli(error), "l0": (z > 0).sum(1).tolist(), "sum": milli(z.sum(1))}
+    return {"size": milli(size), "factor": milli(factor), "error": milli(error), "l0": (z > 0).sum(1).tolist(),
+            "sum": milli(z.sum(1))}
 
 
 def program_through(saes, x, mean):
@@ -256,6 +260,7 @@ def write(folder, name, value):
 def sample_programs(tokenizer):
     """Title and token ids of each sample program, with the end-of-text token before it that the model knows."""
     import torch
+
     from saelib import subjects
 
     for title, text in PROGRAMS.items():
@@ -275,6 +280,7 @@ def describe(fit, n_latents):
 def write_data(folder, fits, model, tokenizer, ids, mean, n_contexts, about):
     """All files of the explorer from two trained autoencoders and windows of held-out tokens."""
     import torch
+
     from saelib import subjects
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -290,7 +296,8 @@ def write_data(folder, fits, model, tokenizer, ids, mean, n_contexts, about):
         fired = (z[key] > 0).sum(0)
         effect = direct_effect(model, ids[: subjects.WINDOWS], saes[key], size, z[key].sum(0) / fired.clamp_min(1))
         twins = nearest[key].indices.tolist()
-        latents = list(latents_of(z[key].view(*ids.shape, -1), z[other].view(*ids.shape, -1), twins, effect, n_contexts))
+        latents = list(latents_of(z[key].view(*ids.shape, -1), z[other].view(*ids.shape, -1), twins, effect,
+                                  n_contexts))
         for start in range(0, len(latents), CHUNK):
             write(folder, f"{key}-{start // CHUNK}", latents[start: start + CHUNK])
         used |= {context[0] for latent in latents for context in latent["contexts"]}
@@ -302,7 +309,8 @@ def write_data(folder, fits, model, tokenizer, ids, mean, n_contexts, about):
     index["programs"] = []
     for number, (title, program) in enumerate(sample_programs(tokenizer)):
         activations = read_windows(model, program, layer)[0][1:]
-        write(folder, f"program-{number}", {"tokens": program[0, 1:].tolist(), **program_through(saes, activations, mean)})
+        write(folder, f"program-{number}", {"tokens": program[0, 1:].tolist(),
+                                            **program_through(saes, activations, mean)})
         index["programs"].append(title)
     write(folder, "text", {window: ids[window].tolist() for window in sorted(used)})
     write(folder, "index", index)
@@ -318,7 +326,8 @@ def make(profile):
     say("explorer: reading held-out text")
     model, tokenizer = subjects.load("pygpt")
     ids = subjects.windows(texts.documents("python", "test"), tokenizer, settings.text_tokens // subjects.CONTEXT)
-    config = runs.RunConfig("pygpt", "topk", settings.k, settings.n_latents, settings.n_tokens, source_tokens=settings.source_tokens)
+    config = runs.RunConfig("pygpt", "topk", settings.k, settings.n_latents, settings.n_tokens,
+                            source_tokens=settings.source_tokens)
     about = {
         "profile": profile, "code": code_hash(profile), "date": date.today().isoformat(), "hardware": processor(),
         "training_tokens": settings.n_tokens, "text_tokens": ids.numel(), "chunk": CHUNK,

@@ -4,7 +4,8 @@
     python tools/run.py --refresh-committed [NOTEBOOK ...]   `quick`, into the outputs kept in notebooks/
 
 A run is finished when the copy in runs/PROFILE/ carries the hash of the code that would be run now: the code
-cells of the notebook, saelib but for its plots, and the benchmark's rows if it shows them. `--refresh-committed` keeps the output of a cell that measures time.
+cells of the notebook, saelib but for its plots, and the benchmark's rows if it shows them. `--refresh-committed` keeps
+the output of a cell that measures time.
 """
 import argparse
 import contextlib
@@ -27,7 +28,9 @@ sys.path.insert(0, str(ROOT))
 from tools.launch import is_launch, put_launch_cell, repository_url  # noqa: E402
 
 RECORD = "saelib_run"  # the key of a run's record in a notebook's metadata
-MEASURED = "nbval-ignore-output"  # the tag of a cell that measures time: its committed output stays while its words do, for its numbers differ at every run
+# the tag of a cell that measures time: its committed output stays while its words do, for its numbers differ at every
+# run
+MEASURED = "nbval-ignore-output"
 PACKAGES = ("torch", "numpy", "transformers", "matplotlib")
 QUIET = {  # what other libraries would write into the terminal, over the one progress line that is ours
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # `Loading weights`, for a model read in a blink
@@ -40,7 +43,8 @@ def code_cells(notebook):
     return [
         cell
         for cell in notebook.cells
-        if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", []) and not is_launch(cell)
+        if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
+            and not is_launch(cell)
     ]
 
 
@@ -127,7 +131,8 @@ def parameters_of(source):
 def uncommitted_changes():
     """Whether the code differs from that of the commit; not where there is no git to ask."""
     try:
-        asked = subprocess.run(["git", "status", "--porcelain", "saelib", "notebooks"], cwd=ROOT, capture_output=True, text=True, check=False)
+        asked = subprocess.run(["git", "status", "--porcelain", "saelib", "notebooks"], cwd=ROOT, capture_output=True,
+                               text=True, check=False)
     except OSError:
         return False
     return bool(asked.stdout.strip())

@@ -96,16 +96,20 @@ def run_times(root, notebook, record, name):
         took[record["profile"]] = record
     by_hardware = {}
     for profile, run in took.items():
-        by_hardware.setdefault(run.get("hardware"), []).append(f"{duration(run['seconds'])} at `{profile}`" if run else f"`{profile}`")
+        by_hardware.setdefault(run.get("hardware"), []).append(f"{duration(run['seconds'])} at `{profile}`" if run
+                                                               else f"`{profile}`")
     unknown = by_hardware.pop(None, [])
     measured = [f"{', '.join(times)} on {hardware}" for hardware, times in by_hardware.items()]
-    return [f"Runs in {'; '.join(measured)}." if measured else "", f"Not measured: {', '.join(unknown)}." if unknown else ""]
+    return [f"Runs in {'; '.join(measured)}." if measured else "",
+            f"Not measured: {', '.join(unknown)}." if unknown else ""]
 
 
 def chapter_line(root, notebook, record, name):
     """What a chapter costs, in reading and in running, with the notebook to take away."""
-    words = sum(len(cell.source.split()) for cell in notebook.cells if "remove-cell" not in cell.metadata.get("tags", []))
-    parts = [f"{max(1, round(words / WORDS_A_MINUTE))} min to read.", *run_times(root, notebook, record, name), f"{{download}}`Download this notebook <{name}.ipynb>`"]
+    words = sum(len(cell.source.split()) for cell in notebook.cells
+                if "remove-cell" not in cell.metadata.get("tags", []))
+    parts = [f"{max(1, round(words / WORDS_A_MINUTE))} min to read.", *run_times(root, notebook, record, name),
+             f"{{download}}`Download this notebook <{name}.ipynb>`"]
     return "\n".join([":::{container} chapter-line", " ".join(filter(None, parts)), ":::"])
 
 

@@ -12,6 +12,7 @@ from docutils import nodes
 from executed import ROOT  # noqa: F401 (it puts the root on the path)
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
+
 from tools import make_explorer
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ def check(app, about, location):
     if not about:
         logger.warning("explorer: no data: %s", remedy, location=location, type="explorer")
     elif about.get("code") != make_explorer.code_hash(profile_of(app)):
-        logger.warning("explorer: saelib has changed since its data were made: %s", remedy, location=location, type="explorer")
+        logger.warning("explorer: saelib has changed since its data were made: %s", remedy, location=location,
+                       type="explorer")
 
 
 def summary(about):
@@ -53,16 +55,20 @@ def summary(about):
         "Dead latents": [f"{sae['dead_fraction']:.1%}" for sae in saes],
     }
     head = "".join(f'<th scope="col">{html.escape(sae["label"])}</th>' for sae in saes)
-    body = "".join(f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>' for name, cells in rows.items())
-    note = (f"Profile {about['profile']}: {about['training_tokens']:,} training tokens, on {html.escape(about['hardware'])}, "
+    body = "".join(f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+                   for name, cells in rows.items())
+    note = (f"Profile {about['profile']}: {about['training_tokens']:,} training tokens, on "
+            f"{html.escape(about['hardware'])}, "
             f"{about['date']}. Latents are shown on {about['text_tokens']:,} tokens of held-out files.")
-    return (f'<table class="table explorer-summary"><thead><tr><th scope="col">Autoencoder</th>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return (f'<table class="table explorer-summary"><thead><tr><th '
+            f'scope="col">Autoencoder</th>{head}</tr></thead><tbody>{body}</tbody></table>'
             f'<p class="explorer-note">{note}</p>')
 
 
 def part(name, title, body):
     """A section of the page, so that its contents list it, with a place that the script fills."""
-    return nodes.section("", nodes.title("", title), nodes.raw("", f'{body}<div data-part="{name}"></div>', format="html"), ids=[f"explorer-{name}"])
+    return nodes.section("", nodes.title("", title), nodes.raw("", f'{body}<div data-part="{name}"></div>',
+                                                               format="html"), ids=[f"explorer-{name}"])
 
 
 class LatentExplorer(SphinxDirective):
@@ -78,7 +84,8 @@ class LatentExplorer(SphinxDirective):
             return []
         root = "../" * self.env.docname.count("/") + ASSETS.as_posix()
         begin = nodes.raw("", f'{summary(about)}<div id="latent-explorer" data-root="{root}/">', format="html")
-        return [begin, *(part(name, title, body) for name, title, body in PARTS), nodes.raw("", "</div>", format="html")]
+        return [begin, *(part(name, title, body) for name, title, body in PARTS),
+                nodes.raw("", "</div>", format="html")]
 
 
 def add_assets(app, pagename, templatename, context, doctree):

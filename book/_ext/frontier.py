@@ -9,9 +9,10 @@ notebook's own page the script finds the figure by its name (the cell's metadata
 A caption; the figure's own if left out.
 ```
 
-shows the static picture of the notebook's first frontier, and the script does the rest. Without JavaScript and in print the
-static picture stays. _static/frontier/NOTEBOOK.svg and .js hold picture and rows: those of the page's own profile, and those
-of every other profile that was run here (runs/PROFILE/) or has its rows committed (book/results/PROFILE.json).
+shows the static picture of the notebook's first frontier, and the script does the rest. Without JavaScript and in print
+the static picture stays. _static/frontier/NOTEBOOK.svg and .js hold picture and rows: those of the page's own profile,
+and those of every other profile that was run here (runs/PROFILE/) or has its rows committed
+(book/results/PROFILE.json).
 """
 import html
 import json
@@ -23,6 +24,7 @@ from docutils.statemachine import StringList
 from executed import executed_path
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
+
 from tools import keep
 from tools.keep import ROWS_MIME
 from tools.run import code_hash, run_record
@@ -73,14 +75,16 @@ def origin(run, code):
 
 def methods_of(figures):
     """Label, knob and colour of each method in the rows, in the order of METHODS."""
-    from saelib import METHODS, plots
+    from saelib import METHODS
+    from saelib.marks import look_of
 
     keys = dict.fromkeys(row["method"] for rows in figures for row in rows)
     ordered = [key for key in METHODS if key in keys] + [key for key in keys if key not in METHODS]
     table = {}
     for key in ordered:  # a chapter may show a method of its own, which only its kernel knew
-        known, (color, marker) = METHODS.get(key), plots.LOOK.get(key, plots.LOOK["spare"])
-        table[key] = {"label": known.label if known else key, "knob": known.knob if known else "sparsity", "color": color, "marker": marker}
+        known, (color, marker) = METHODS.get(key), look_of(key, ordered)
+        table[key] = {"label": known.label if known else key, "knob": known.knob if known else "sparsity",
+                      "color": color, "marker": marker}
     return table
 
 
@@ -148,7 +152,8 @@ def write_assets(app, notebook):
         methods = methods_of([rows for profile in profiles.values() for rows in profile["figures"].values()])
         data = {"methods": methods, "profiles": profiles}
         (folder / f"{notebook}.svg").write_text(figures[0]["svg"], encoding="utf8")
-        (folder / f"{notebook}.js").write_text(f"saelibFrontier({json.dumps(data, separators=(',', ':'))});\n", encoding="utf8")
+        (folder / f"{notebook}.js").write_text(f"saelibFrontier({json.dumps(data, separators=(',', ':'))});\n",
+                                               encoding="utf8")
 
 
 def setup(app):

@@ -1,4 +1,5 @@
-"""```{pygpt-losses}```: a table of the built-in model's held-out loss beside those of n-gram models, out of its training log."""
+"""```{pygpt-losses}```: a table of the built-in model's held-out loss beside those of n-gram models, out of its
+training log."""
 import json
 from pathlib import Path
 
@@ -6,7 +7,8 @@ from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
 LOG = Path("saelib", "pygpt", "train_log.jsonl")
-NAMES = {"unigram": "unigram", "bigram": "bigram, with back-off", "trigram": "trigram, with back-off", "held_out": "pygpt"}
+NAMES = {"unigram": "unigram", "bigram": "bigram, with back-off", "trigram": "trigram, with back-off",
+         "held_out": "pygpt"}
 
 
 class Losses(SphinxDirective):

@@ -23,9 +23,9 @@ from docutils.statemachine import StringList
 from executed import executed_path
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
-from tools.run import run_record
 
 from saelib.verdicts import anchor
+from tools.run import run_record
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,8 @@ class Scoreboard(SphinxDirective):
         head = nodes.row("", *[nodes.entry("", nodes.paragraph(text=title)) for title in COLUMNS.values()])
         group += nodes.thead("", head)
         group += nodes.tbody("", *[self.row(row) for row in rows])
-        return nodes.container("", nodes.table("", group, classes=["scoreboard"]), classes=["full-width"])  # the margin too
+        # the margin too
+        return nodes.container("", nodes.table("", group, classes=["scoreboard"]), classes=["full-width"])
 
     def row(self, row):
         cells = {name: self.inline(str(row[name])) for name in COLUMNS}
@@ -130,7 +131,8 @@ class Scoreboard(SphinxDirective):
 
 
 class Summary(SphinxDirective):
-    """Two lines: how many claims of the paper and how many of ours were put to the test, and how many have each verdict."""
+    """Two lines: how many claims of the paper and how many of ours were put to the test, and how many have each
+    verdict."""
 
     def run(self):
         self.env.metadata[self.env.docname]["scoreboard"] = True
@@ -138,13 +140,15 @@ class Summary(SphinxDirective):
             self.env.note_dependency(str(executed_path(self.env.app, docname)))
         rows = verdicts(self.env.app)
         own = [row for row in rows if str(row["section"]).startswith("ours")]
-        return [self.line(f"{len(rows) - len(own)} claims of the paper: ", [row for row in rows if row not in own]), self.line(f"{len(own)} of our own: ", own)]
+        return [self.line(f"{len(rows) - len(own)} claims of the paper: ", [row for row in rows if row not in own]),
+                self.line(f"{len(own)} of our own: ", own)]
 
     def line(self, title, rows):
         counts = Counter(row["verdict"] for row in rows)
         line = nodes.paragraph("", "", nodes.strong(text=title), classes=["scoreboard-summary"])
         for verdict, badge in BADGES.items():
-            line += nodes.inline(text=f"{badge} {counts[verdict]}", classes=["verdict-badge", verdict.replace(" ", "-")])
+            line += nodes.inline(text=f"{badge} {counts[verdict]}",
+                                 classes=["verdict-badge", verdict.replace(" ", "-")])
             line += nodes.Text(" ")
         return line
 

@@ -37,7 +37,8 @@ def encode(tokenizer, texts: list[str]) -> np.ndarray:
 
 def make_tokenizer():
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(read("train", tests=False), vocab_size=VOCAB, special_tokens=[END], show_progress=False)
+    tokenizer.train_from_iterator(read("train", tests=False), vocab_size=VOCAB, special_tokens=[END],
+                                  show_progress=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token=END, eos_token=END).save_pretrained(HERE)
     return tokenizer
 
@@ -97,11 +98,14 @@ def main() -> None:
     tokenizer = make_tokenizer()
     train, held_out = encode(tokenizer, read("train", tests=True)), encode(tokenizer, read("test", tests=False))
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=256, n_layer=4, n_head=4, activation_function="gelu_pytorch_tanh", bos_token_id=0,
-                                       eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="eager"))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=CONTEXT, n_embd=256, n_layer=4, n_head=4,
+                                       activation_function="gelu_pytorch_tanh", bos_token_id=0,
+                                       eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                                       attn_implementation="eager"))
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
-    adam = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.98), fused=True)
+    adam = torch.optim.AdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+                             betas=(0.9, 0.98), fused=True)
     checkpoint, step, spent, log = HERE / "checkpoint.pt", 0, 0.0, []
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -122,16 +126,18 @@ def main() -> None:
         adam.step()
         step += 1
         if step % 250 == 0:
-            row = {"step": step, "tokens": step * BATCH * CONTEXT, "seconds": round(spent), "train": round(loss.item(), 4),
-                   "held_out": round(held_out_loss(model, held_out, most=256), 4)}
+            row = {"step": step, "tokens": step * BATCH * CONTEXT, "seconds": round(spent),
+                   "train": round(loss.item(), 4), "held_out": round(held_out_loss(model, held_out, most=256), 4)}
             log.append(row)
             print(json.dumps(row), flush=True)
-            torch.save({"model": model.state_dict(), "adam": adam.state_dict(), "step": step, "spent": spent, "log": log},
+            torch.save({"model": model.state_dict(), "adam": adam.state_dict(), "step": step, "spent": spent,
+                        "log": log},
                        checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
     model.half().save_pretrained(HERE)
     shipped = GPT2LMHeadModel.from_pretrained(HERE, dtype=torch.float32)
-    row = {"step": step, "tokens": step * BATCH * CONTEXT, "seconds": round(spent), "train_tokens": len(train), "held_out_tokens": len(held_out),
+    row = {"step": step, "tokens": step * BATCH * CONTEXT, "seconds": round(spent), "train_tokens": len(train),
+           "held_out_tokens": len(held_out),
            "held_out": held_out_loss(shipped, held_out), **ngram_losses(train, held_out)}
     print(json.dumps(row), flush=True)
     (HERE / "train_log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*log, row]))
