@@ -1,4 +1,4 @@
-/* Marks the boxes that scroll sideways at the edges behind which there is more; book.css fades those. */
+/* Marks the boxes that scroll sideways at the edges behind which there is more; book.css fades those. And prints in light. */
 (function () {
   "use strict";
 
@@ -14,5 +14,9 @@
   for (const event of ["DOMContentLoaded", "load", "resize"]) window.addEventListener(event, markAll);
   document.addEventListener("toggle", markAll, true);  // details that open; neither event bubbles
   document.addEventListener("scroll", ({ target }) => { if (target.matches?.(BOXES)) mark(target); }, true);
+  /* Paper is white, whatever the theme. */
+  let theme;
+  window.addEventListener("beforeprint", () => { theme = document.documentElement.dataset.theme; document.documentElement.dataset.theme = "light"; });
+  window.addEventListener("afterprint", () => { document.documentElement.dataset.theme = theme; });
   window.addEventListener("load", () => window.MathJax?.startup?.promise.then(markAll));
 })();

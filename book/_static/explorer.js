@@ -114,7 +114,7 @@
     parts.more.hidden = state.order.length <= state.shown;
     const what = state.query.trim() ? `${state.where === "raises" ? "raising" : "firing on"} “${state.query.trim()}”, strongest first` : "in all";
     const n = state.order.length;
-    parts.count.textContent = n || !state.query.trim() ? `${n} ${n === 1 ? "latent" : "latents"} ${what}`
+    parts.count.textContent = n || !state.query.trim() ? `${n.toLocaleString("en")} ${n === 1 ? "latent" : "latents"} ${what}`
       : `No latent ${state.where === "raises" ? "raises" : "fires on"} “${state.query.trim()}”. A search is for single tokens: “import”, and not “import os”.`;
   }
 
@@ -204,7 +204,7 @@
       make("h4", {}, "Next tokens, by the direct path"),
       make("div", { class: "pair" },
         make("div", {}, make("p", { class: "note" }, "raised (change of the logit)"), nextTokens(latent.raises, widest)),
-        make("div", {}, make("p", { class: "note" }, "lowered"), nextTokens(latent.lowers, widest)))];
+        make("div", { class: "lowered" }, make("p", { class: "note" }, "lowered"), nextTokens(latent.lowers, widest)))];
   }
 
   async function drawLatent() {
@@ -315,7 +315,7 @@
     const average = MEASURES[program.measure].show(program.measure === "l0" ? Math.round(mean(values)) : mean(values));
     return make("div", { class: `program ${key}` },
       make("p", { class: "name" }, make("strong", {}, label(key)), ` · mean ${measure.name} `, make("strong", {}, average), " ",
-        make("span", { class: "legend note" }, measure.scale[0], make("i", {}), measure.scale[1])),
+        make("span", { class: "legend note" }, "tint:", measure.scale[0], make("i", {}), measure.scale[1])),
       make("div", { class: "text", role: "listbox", "aria-label": `Tokens under ${label(key)}`, "aria-orientation": "horizontal", onclick: pickToken, onkeydown: moveToken }, ...spans));
   }
 

@@ -5,7 +5,7 @@
 
   const { make, svg } = window.saelibDom;
   const WIDE = { width: 620, height: 320, left: 62, right: 104, top: 14, bottom: 48 };
-  const NARROW = { width: 350, height: 320, left: 52, right: 74, top: 12, bottom: 48 };
+  const NARROW = { width: 350, height: 320, left: 60, right: 74, top: 12, bottom: 48 };
   const isNarrow = window.matchMedia("(max-width: 600px)");
   const FIELDS = {
     method: "method", sparsity: "k or λ", seed: "seed", l0: "L0", normalized_mse: "normalized MSE", subject: "subject", n_latents: "latents n",
