@@ -39,7 +39,8 @@ def loading(device: str, seconds: float) -> Iterator[dict]:
         source = subjects.open_source(subject, 8 * LOADED.batch_size, device=device)
         s = replace(LOADED, d_model=source.d_model, n_latents=4 * source.d_model, device=device)
         endless = source.batches(s.batch_size, 10**9, 0)
-        step, = own = chosen(s)
+        own = chosen(s)
+        step = next(iter(own))
         makers = {**own, ("data", "loader"): lambda: Floor(lambda x: next(endless).to(device))}
         rows = timing.compare(makers, [next(endless).to(device) for _ in range(2)], step, seconds / len(SUBJECTS),
                               f"load {subject}")

@@ -226,7 +226,8 @@ def save(sae: SAE, folder: str | Path, format: str, **metadata) -> None:
 
 
 def load(folder: str | Path, format: str) -> SAE:
-    """Read an SAE that another library wrote. An L1 coefficient is not kept there: a ReLU SAE comes back with 0.
+    """Read an SAE that another library wrote. An L1 coefficient is not kept there: a ReLU SAE comes back with 0. One of
+    sparsify with `multi_topk` comes back as Multi-TopK, which decodes k latents in use, where sparsify decodes 4k.
 
     Args:
         folder: where its files lie.

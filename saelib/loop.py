@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from saelib import dense, graphs, kernels, losses, pairs
+from saelib import graphs, kernels, losses, pairs, relu_path
 from saelib.auxk import auxk_term
 from saelib.checks import check_finite, require
 from saelib.sae import PAIRS, SAE, Output
@@ -28,7 +28,7 @@ class Loop:
             self.adam.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                                   "exp_avg_sq": torch.zeros_like(p)}
         self.tokens_since_fired = torch.zeros(sae.n_latents, dtype=torch.int64, device=device)
-        self.step, self.tokens, self.history, self.scratch, self.copies = 0, 0, [], dense.Scratch(), {}
+        self.step, self.tokens, self.history, self.scratch, self.copies = 0, 0, [], relu_path.Scratch(), {}
         self.ema = AveragedModel(sae, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)) if ema_decay else None
 
     def state(self) -> dict:

@@ -191,7 +191,7 @@ KERNELS = {ReLU.forward: "relu", TopK.forward: "largest", BatchTopK.forward: "la
 
 
 def kernel(method: Method) -> str | None:
-    """What computes its activation function beside the plain twin: "relu" is `saelib.dense`, "largest" is
+    """What computes its activation function beside the plain twin: "relu" is `saelib.relu_path`, "largest" is
     `saelib.kernels`, where `select` chooses; None is nothing, for an activation function of its own."""
     return KERNELS.get(getattr(method.forward, "__func__", None))
 

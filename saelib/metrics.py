@@ -9,7 +9,7 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from saelib import dense
+from saelib import relu_path
 from saelib.checks import as_tensor, require
 
 BATCH = 2048
@@ -79,7 +79,7 @@ def evaluate(sae, x: Tensor | numpy.ndarray | Iterable, mean: Tensor | numpy.nda
     device = sae.W_dec.device
     n_tokens, n_short, active, most, l1 = 0, 0, 0, 0, 0.0
     fired = torch.zeros(sae.n_latents, dtype=torch.bool, device=device)
-    scratch, mean = dense.Scratch(), checked(as_tensor(mean, "mean"), sae.d_model)
+    scratch, mean = relu_path.Scratch(), checked(as_tensor(mean, "mean"), sae.d_model)
     sums = {name: torch.zeros(sae.d_model, dtype=torch.float64, device=device) for name in ("x", "x²", "e", "e²")}
     for batch in rows(x):
         batch = batch.to(device)
@@ -134,7 +134,7 @@ def recovery(W_dec: Float[Tensor, "n_latents d_model"], truth: Float[Tensor, "n_
     Ours, because only a known dictionary tells recovery from reconstruction.
     """
     cosine = (truth @ W_dec.t()).cpu()
-    features, rows = linear_sum_assignment(cosine.numpy(), maximize=True)
-    n_found = int((cosine[features, rows] > MATCH).sum())
+    features, latents = linear_sum_assignment(cosine.numpy(), maximize=True)
+    n_found = int((cosine[features, latents] > MATCH).sum())
     return {"mean_max_cosine": float(cosine.max(1).values.mean()), "precision": n_found / len(W_dec),
             "recall": n_found / len(truth)}

@@ -14,8 +14,8 @@ import torch
 from saelib import methods, native, subjects, texts
 
 PACKAGE = Path(__file__).parent
-DECIDING = ("auto", "auxk", "cache", "checkpoints", "checks", "dense", "files", "graphs", "kernels", "loop", "losses",
-            "methods", "metrics", "modes", "native", "normalisation", "origin", "pairs", "products", "runs", "sae",
+DECIDING = ("auto", "auxk", "cache", "checkpoints", "checks", "files", "graphs", "kernels", "loop", "losses", "methods",
+            "metrics", "modes", "native", "normalisation", "origin", "pairs", "products", "relu_path", "runs", "sae",
             "selection", "sources", "subjects", "texts", "train", "triton_adam", "triton_kernels", "triton_select",
             "variants")
 

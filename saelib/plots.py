@@ -118,9 +118,9 @@ def note_of(rows: Sequence[dict]) -> str:
     return _note(len({r["config"]["seed"] for r in rows}), tokens, sorted({r["provenance"]["hardware"] for r in rows}))
 
 
-def note(n_seeds: int, n_tokens: int, *more: str, device: str = "auto") -> str:
+def note(n_seeds: int, n_tokens: int, *more: str) -> str:
     """The same for what was trained here, without rows; `more` says what else it was made from."""
-    return _note(n_seeds, [n_tokens], [hardware(pick_device(device)), *more])
+    return _note(n_seeds, [n_tokens], [hardware(pick_device("auto")), *more])
 
 
 def _note(seeds: int, tokens: Sequence[int], rest: Sequence[str]) -> str:

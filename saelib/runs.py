@@ -197,6 +197,7 @@ def fit(source: Tensor | numpy.ndarray | sources.Source, method: str = "topk", s
         return fit_source(source.on(pick_device(device)), config, device, bar.update)
 
 
+KEPT = 8  # sources of the last runs, for the next
 _SOURCES: dict[tuple, sources.Source] = {}
 _OPENING = threading.Lock()
 
@@ -207,6 +208,8 @@ def open_source(config: RunConfig, device: str = "auto") -> sources.Source:
     key = config.subject, config.source_tokens, config.text, config.layer, repr(data_inputs(config)), device
     with _OPENING:
         if key not in _SOURCES:
+            while len(_SOURCES) >= KEPT:
+                _SOURCES.pop(next(iter(_SOURCES)))
             _SOURCES[key] = subjects.open_source(config.subject, config.source_tokens, text=config.text,
                                                  layer=config.layer, device=device).on(device)
         return _SOURCES[key]

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from saelib import dense, kernels, methods, native, pairs
+from saelib import kernels, methods, native, pairs, relu_path
 from saelib.checks import is_whole, require
 from saelib.files import json_of, reading, write_whole
 from saelib.normalisation import UNIT_NORM, check_normalisation, check_normalised, normalise, size_and_mean
@@ -119,7 +119,7 @@ class SAE(nn.Module):
         return latents @ self.W_dec + self.b_pre  # Eq. (1); under autocast the sum stays in the type of b_pre
 
     def run(self, x: Float[Tensor, "batch d_model"], path: str = "sparse", precision: str = "fp32",
-            scratch: dense.Scratch | None = None, copies: dict[str, Tensor] | None = None) -> Output:
+            scratch: relu_path.Scratch | None = None, copies: dict[str, Tensor] | None = None) -> Output:
         """One forward pass with all that it makes.
 
         Args:
@@ -150,7 +150,7 @@ class SAE(nn.Module):
                             precision=precision, kind=PAIRS[path], copies=copies)
             return Output(*again(self.method.k, choice=self.method.select), again)
         if kernel == "relu":
-            return Output(*dense.relu(x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, precision, scratch,
+            return Output(*relu_path.relu(x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, precision, scratch,
                                       path == "native"), None)
         # autocast's cache is shared between threads, and so between the members of a sweep
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):

@@ -13,7 +13,7 @@ class ReLUShort(ReLU):
     """ReLU with L1 whose encoder starts with rows of length 1 / sqrt(3), as long as torch makes those of a linear
     layer: entries uniform in ±1 / sqrt(d_model).
 
-    Paper: Appendix A.1 (the baselines keep that length; here only TopK has another)
+    Paper: Appendix A.1 (its ReLU baselines keep that length)
     """
     key, label, encoder_norm = "relu_short", "ReLU + L1, shorter rows", 3**-0.5
 

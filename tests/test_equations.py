@@ -33,7 +33,8 @@ def test_each_equation_leads_to_code_that_names_it(paper, name):
 
 def test_each_function_that_names_an_equation_is_in_the_table():
     linked = {resolve(name) for _, name in LINKS}
-    for module in (saelib.losses, saelib.kernels, saelib.dense, saelib.methods, saelib.sae, saelib.loop, saelib.train):
+    names = "losses", "kernels", "relu_path", "methods", "sae", "loop", "train"
+    for module in (getattr(saelib, name) for name in names):
         owners = [module, *(c for _, c in inspect.getmembers(module, inspect.isclass)
                             if c.__module__ == module.__name__)]
         for owner in owners:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saelib import auxk, dense, train
+from saelib import auxk, relu_path, train
 from saelib.loop import Loop
 from saelib.sae import SAE
 
@@ -68,7 +68,7 @@ def played(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(Loop, "update", update)
-    monkeypatch.setattr(dense, "few_active", lambda *_: False)
+    monkeypatch.setattr(relu_path, "few_active", lambda *_: False)
     monkeypatch.setattr(auxk.F, "embedding", lambda places, rows, sparse: rows.index_select(0, places))
     return recorded
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from saelib import dense, kernels, native, pairs
+from saelib import kernels, native, pairs, relu_path
 from saelib.sae import SAE
 
 SHAPES = [(7, 5, 11, 3), (64, 33, 100, 1), (300, 16, 64, 64), (1, 1, 1, 1), (513, 24, 300, 17)]  # batch, d, n, k
@@ -53,7 +53,7 @@ def test_the_relu_path_and_its_dense_twin_agree_forward_and_backward(batch, d, n
     with torch.no_grad():
         sae.b_enc -= sae.pre_acts(x).flatten().quantile(1 - share) + (0 if share else 1)
     latents = sae.encode(x)
-    assert n == 1 or dense.few_active(latents) == (share < 0.5) and bool(latents.any()) == (share > 0)
+    assert n == 1 or relu_path.few_active(latents) == (share < 0.5) and bool(latents.any()) == (share > 0)
     for ours, twin in zip(through(sae, x, "sparse", precision), through(sae, x, "dense")):
         if precision == "fp32":
             torch.testing.assert_close(ours, twin, rtol=1e-4, atol=2e-4)
@@ -66,22 +66,22 @@ def test_the_relu_path_agrees_with_finite_differences(bias):
     sae = make(3, 60, 0.1, method="relu").double()
     x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
     inputs = [x, sae.b_pre, sae.W_enc, (sae.b_enc + bias).detach().requires_grad_(), sae.W_dec]
-    latents = dense.relu(*inputs)[1]
-    assert dense.few_active(latents) == (bias < 0) and latents.any()
-    assert torch.autograd.gradcheck(lambda *a: dense.relu(*a), inputs, eps=1e-7, atol=1e-5)
+    latents = relu_path.relu(*inputs)[1]
+    assert relu_path.few_active(latents) == (bias < 0) and latents.any()
+    assert torch.autograd.gradcheck(lambda *a: relu_path.relu(*a), inputs, eps=1e-7, atol=1e-5)
 
 
 @pytest.mark.parametrize("n", [1, 6, 24, 35, 64])
 @pytest.mark.parametrize("threshold", [-9, 0, 2, 9])
 def test_the_places_of_positive_latents_are_those_of_nonzero(n, threshold):
     latents = torch.relu(torch.randn(70, n, generator=torch.Generator().manual_seed(0)) - threshold)
-    tokens, indices = dense.nonzero(latents)
+    tokens, indices = relu_path.nonzero(latents)
     assert torch.equal(tokens, latents.nonzero()[:, 0])  # token by token
     assert torch.equal((tokens * n + indices).sort().values, latents.flatten().nonzero().squeeze(1))
 
 
 def test_scratch_that_was_overwritten_before_backward_is_an_error_and_no_wrong_gradient():
-    sae, scratch = make(4, 9, 0.1, method="relu"), dense.Scratch()
+    sae, scratch = make(4, 9, 0.1, method="relu"), relu_path.Scratch()
     first = sae.run(torch.randn(5, 4), scratch=scratch)
     sae.run(torch.randn(5, 4), scratch=scratch)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from saelib import auxk, contestants, dense, losses, native, pairs
+from saelib import auxk, contestants, losses, native, pairs, relu_path
 from saelib.sae import PAIRS
 from tests.test_kernels import make, through
 
@@ -95,11 +95,11 @@ def test_the_products_are_those_of_the_dense_matrix(on_both, dtype, batch, n, d,
     torch.testing.assert_close(native.sum_tokens(latents, tokens), exact.t() @ cast_tokens.float(), rtol=1e-4,
                                atol=1e-3)
     for start in (random(batch, n, seed=4).to(dtype), torch.full((1, 1), 0.5, dtype=dtype).expand(batch, n)):
-        product = native.masked_product(latents, cast_tokens, cast_rows, start, dense.Scratch())
+        product = native.masked_product(latents, cast_tokens, cast_rows, start, relu_path.Scratch())
         expected = torch.where(latents > 0, cast_tokens.float() @ cast_rows.float().t() + start.float(), 0)
         torch.testing.assert_close(product.float(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3)
-        torch.testing.assert_close(dense.masked_product(latents, cast_tokens, cast_rows, start,
-                                                        dense.Scratch()).float(), product.float(), rtol=2e-2,
+        torch.testing.assert_close(relu_path.masked_product(latents, cast_tokens, cast_rows, start,
+                                                        relu_path.Scratch()).float(), product.float(), rtol=2e-2,
                                    atol=0.2 if dtype == torch.bfloat16 else 1e-3)
 
 
@@ -189,7 +189,7 @@ def test_the_path_takes_the_compiled_code_where_it_says_so(monkeypatch, method, 
     if share:
         with torch.no_grad():
             sae.b_enc -= sae.pre_acts(x).flatten().quantile(1 - share)
-    monkeypatch.setattr(dense, "cpu_has", lambda feature: False)
+    monkeypatch.setattr(relu_path, "cpu_has", lambda feature: False)
     real = native.Active.backward
     monkeypatch.setattr(native.Active, "backward", lambda *args: (calls.append("backward"), real(*args))[1])
     for name in ("largest", "decode", "sum_tokens", "masked_product"):

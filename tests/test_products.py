@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from saelib import dense, products, subjects
+from saelib import products, relu_path, subjects
 from saelib.products import linear
 
 
@@ -27,17 +27,17 @@ def test_the_product_is_the_one_of_three_steps(monkeypatch, dtype, tolerance, re
 
 
 @pytest.mark.parametrize("dtype, tiles, compiled, one_in, way", [
-    (torch.float32, False, False, 20, dense._Many), (torch.float32, False, False, 30, dense._Few),
-                                                                 (torch.float32, False, True, 30, dense._Compiled),
-    (torch.float32, False, True, 100, dense._Few), (torch.float32, True, True, 30, dense._Compiled),
-                                                                 (torch.bfloat16, False, True, 30, dense._Compiled),
-    (torch.bfloat16, True, True, 30, dense._Many), (torch.bfloat16, True, False, 30, dense._Many),
-                                                                 (torch.bfloat16, True, True, 70, dense._Few)])
+    (torch.float32, False, False, 20, relu_path._Many), (torch.float32, False, False, 30, relu_path._Few),
+                                                                 (torch.float32, False, True, 30, relu_path._Compiled),
+    (torch.float32, False, True, 100, relu_path._Few), (torch.float32, True, True, 30, relu_path._Compiled),
+                                                                 (torch.bfloat16, False, True, 30, relu_path._Compiled),
+    (torch.bfloat16, True, True, 30, relu_path._Many), (torch.bfloat16, True, False, 30, relu_path._Many),
+                                                                 (torch.bfloat16, True, True, 70, relu_path._Few)])
 def test_the_way_of_a_relu_step_follows_from_the_share_and_the_cpu(monkeypatch, dtype, tiles, compiled, one_in, way):
-    monkeypatch.setattr(dense, "cpu_has", lambda feature: tiles)
+    monkeypatch.setattr(relu_path, "cpu_has", lambda feature: tiles)
     latents = torch.zeros(64, one_in, dtype=dtype)
     latents[:, 0] = 1
-    assert dense.way(latents, compiled) is way
+    assert relu_path.way(latents, compiled) is way
 
 
 def test_a_cpu_that_onednn_would_emulate_bfloat16_on_multiplies_in_float32(monkeypatch):
