@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 SAELIB = Path(__file__).parents[1] / "saelib"
-ORDER = """
-    checks normalisation files modes cache checkpoints losses triton_adam triton_kernels triton_select selection
-    products pairs kernels native relu_path methods variants sae metrics auxk graphs loop train sources texts
-    subjects auto origin runs formats sweeps refine frontiers profiles contestants peers timing parts speed_rows
-    data_bench bench marks plots speed_plots criteria speed_criteria claims verdicts definitions
-""".split()
+ORDER = ["checks", "normalisation", "files", "modes", "cache", "checkpoints", "losses", "triton_adam", "triton_kernels",
+         "triton_select", "selection", "products", "pairs", "kernels", "native", "relu_path", "methods", "variants",
+         "sae", "metrics", "auxk", "graphs", "loop", "train", "sources", "texts", "subjects", "auto", "origin", "runs",
+         "formats", "sweeps", "refine", "frontiers", "profiles", "contestants", "peers", "timing", "parts",
+         "speed_rows", "data_bench", "bench", "marks", "plots", "speed_plots", "criteria", "speed_criteria", "claims",
+         "verdicts", "definitions"]
 MODULES = sorted(p for p in SAELIB.glob("*.py") if p.name != "__init__.py")
 
 
