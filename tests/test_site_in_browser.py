@@ -141,6 +141,26 @@ def test_no_line_of_code_is_cut_off_on_a_phone(opened):
     assert opened.evaluate(f"{found}.map(pre => pre.textContent)") == []
 
 
+def test_formulas_and_single_figures_fit_on_a_phone(opened):
+    opened.set_viewport_size(NARROW)
+    opened.wait_for_timeout(300)
+    several = "box => parseInt(box.style.getPropertyValue('--drawn-width')) > 500"  # panels side by side may scroll
+    every = "[...document.querySelectorAll('mjx-container[display], a.image-reference')]"
+    boxes = f"{every}.filter(box => !({several})(box))"
+    cut = "box => box.scrollWidth > box.clientWidth + 1"
+    assert opened.evaluate(f"{boxes}.filter({cut}).map(box => box.outerHTML)") == []
+
+
+def test_a_dark_page_is_printed_in_light(page):
+    open_page(page, "book/intro.html", theme="dark")
+    theme = "document.documentElement.dataset.theme"
+    assert page.evaluate(theme) == "dark"
+    page.evaluate(f"window.addEventListener('beforeprint', () => {{ window.printed = {theme}; }})")
+    page.pdf()
+    assert page.evaluate("window.printed") == "light"
+    assert page.evaluate(theme) == "dark"
+
+
 def test_a_box_that_scrolls_sideways_on_a_phone_fades_where_there_is_more(opened):
     opened.set_viewport_size(NARROW)
     opened.wait_for_timeout(300)
