@@ -35,8 +35,7 @@ def at_l0(points: Sequence[tuple[float, float]], l0: float) -> float:
 
 
 def error_at(rows: Sequence[dict], l0: float) -> float:
-    """Normalized MSE at a wanted L0, of runs that differ in their knob alone: of the run with that k, else read between
-    two.
+    """Normalized MSE at a wanted L0, of runs that differ in their knob alone: of the run with that k, or between two.
 
     Args:
         rows: runs of one method and one seed.
@@ -130,8 +129,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 def bisect(config: RunConfig, target_l0: float, *, tolerance: float = 0.05, most: int = 12,
            store: Path | str | None = None, device: str = "auto", progress: bool = True) -> list[dict]:
-    """Train again and again until L0 is within `tolerance` of `target_l0`, halving the bracket of the knob on a log
-    axis.
+    """Train again and again until L0 is within `tolerance` of `target_l0`: bisection of the knob on a log axis.
 
     The knob starts at `config.sparsity` and moves by a factor of 4 until the target is bracketed.
 

@@ -204,8 +204,7 @@ def find(key: str) -> type[Method]:
 
 
 def sparsity_of(key: str, sparsity: float | None) -> float:
-    """`sparsity`, or where it is None a k of 32. Raise ValueError for a method whose knob is no k: it has no such
-    default."""
+    """`sparsity`, or where it is None a k of 32. Raise ValueError for a method whose knob is no k."""
     require(sparsity is not None or find(key).knob == "k", "sparsity", sparsity, f"an L1 coefficient for {key!r}")
     return DEFAULT_K if sparsity is None else sparsity
 

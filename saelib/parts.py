@@ -49,8 +49,7 @@ def parts(setting: Setting) -> dict[str, Part]:
         "decode": Part(2 * batch * k * d, gathered + FLOAT * batch * d, lambda _: active.decode(values, W_dec)),
         "gradient of the latents": Part(2 * batch * k * d, gathered + FLOAT * batch * (d + k),
                                         lambda _: active.dot(grad, W_dec)),
-        # a radix sort passes once a byte of the key, and each time reads and writes the keys and eight bytes of their
-        # places
+        # a radix sort passes once a byte of the key, and each time reads and writes keys and 8 bytes of their places
         "group by latent": Part(0, key_bytes * 2 * (key_bytes + 8) * batch * k,
                                 lambda _: pairs.Active(indices, n).by_latent),
         "decoder gradient": Part(2 * batch * k * d, gathered + FLOAT * n * d,

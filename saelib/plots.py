@@ -37,12 +37,16 @@ class Picture(Figure):
 
     def svg(self) -> str:
         """The figure as SVG text, without a date."""
-        while self.ends:
-            name_ends(*self.ends.pop())
         with matplotlib.style.context(STYLE):
             buffer = io.StringIO()
             FigureCanvasSVG(self).print_svg(buffer, metadata={"Date": None, "Creator": None})
         return buffer.getvalue()
+
+    def draw(self, renderer) -> None:
+        """What every kind of file is drawn by: the names of lines first."""
+        while self.ends:
+            name_ends(*self.ends.pop())
+        super().draw(renderer)
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
         shown = {"image/svg+xml": self.svg(), "text/plain": "\n".join(self.numbers)}
@@ -139,8 +143,7 @@ def frontier(rows: Sequence[dict], *, panel: str = "subject", y: str = "normaliz
         ylabel, logy: its label, and whether it is logarithmic.
 
     Raises:
-        ValueError: no rows, or rows that can't stand on one frontier; a panel or metric that they lack; a metric of 0
-            or less on a logarithmic axis.
+        ValueError: no rows, or rows that do not belong together; a panel or metric that they lack, or that has no log.
     """
     from saelib.frontiers import check_comparable
     from saelib.methods import METHODS, find

@@ -104,8 +104,8 @@ def side_by_side(task: Callable, items: Iterable, device: str = "cpu", stop: thr
 def finished(store: Path | str, keep: Path | str | None) -> dict[tuple[str, str], dict]:
     """The rows of a store that count, by config and inputs: of this code, with their SAE if SAEs are to be kept."""
     rows = read_rows(store)
-    require(all("config" in row and "code" in dict(row.get("provenance") or {}) for row in rows), "store", str(store),
-            "a file of rows that a sweep wrote")
+    require(all("config" in row and isinstance(row.get("provenance"), dict) and "code" in row["provenance"]
+                for row in rows), "store", str(store), "a file of rows that a sweep wrote")
     return {(json.dumps(row["config"]), row["provenance"].get("inputs")): row for row in rows
             if row["provenance"]["code"] == code_hash()
             and (keep is None or is_below(row.get("sae"), keep))}

@@ -107,6 +107,13 @@ def test_a_name_stands_at_the_end_of_its_line_after_a_second_panel_has_stretched
         (1.0, 1.0)))[1])
 
 
+def test_a_figure_that_is_saved_has_its_names_too(tmp_path):
+    picture = plots.versus({"own": [(1.0, [1.0]), (2.0, [2.0])]}, "x", "y")
+    picture.savefig(tmp_path / "figure.png")
+    picture.savefig(tmp_path / "figure.pdf")
+    assert [label.get_text() for label in picture.axes[0].texts] == ["own"]
+
+
 def test_an_axis_of_many_decades_is_labelled_at_powers_of_ten_alone():
     few, many = (plots.versus({"a": [(1.11, [1.0]), (end, [1.0])]}, "x", "y").axes[0].xaxis for end in (30.3, 7e4))
     assert 2.0 in few.get_major_locator()() and 20.0 in few.get_major_locator()()

@@ -555,8 +555,8 @@ def test_files_are_the_same_inputs_in_every_process(tmp_path):
         (tmp_path / name).write_text("x")
     found = {subprocess.run([sys.executable, "-c", asked], cwd=tmp_path,
                             env=os.environ | {"PYTHONPATH": str(origin.PACKAGE.parent), "PYTHONHASHSEED": seed},
-                            # in which a set of these names has two orders
-                            capture_output=True, text=True, check=True).stdout for seed in "01"}
+                            capture_output=True, text=True, check=True).stdout
+             for seed in "01"}  # in which a set of these names has two orders
     assert len(found) == 1
 
 
@@ -616,7 +616,7 @@ def test_saes_are_found_from_any_folder_and_kept_where_they_are_asked_for(tmp_pa
 
 
 def test_rows_that_no_sweep_wrote_are_no_store(tmp_path):
-    for made in ({}, None, {"hardware": "CPU"}):
+    for made in ({}, None, {"hardware": "CPU"}, "x", 3):
         (tmp_path / "rows.jsonl").write_text(json.dumps({"config": {}, "provenance": made}) + "\n")
         with pytest.raises(ValueError, match="store is '.*rows.jsonl': it must be a file of rows that a sweep wrote"):
             sweeps.sweep([config()], tmp_path / "rows.jsonl", progress=False)

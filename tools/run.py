@@ -28,8 +28,7 @@ sys.path.insert(0, str(ROOT))
 from tools.launch import is_launch, put_launch_cell, repository_url  # noqa: E402
 
 RECORD = "saelib_run"  # the key of a run's record in a notebook's metadata
-# the tag of a cell that measures time: its committed output stays while its words do, for its numbers differ at every
-# run
+# the tag of a cell that measures time: its committed output stays while its words do, for its numbers differ each run
 MEASURED = "nbval-ignore-output"
 PACKAGES = ("torch", "numpy", "transformers", "matplotlib")
 QUIET = {  # what other libraries would write into the terminal, over the one progress line that is ours
