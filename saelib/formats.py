@@ -24,7 +24,7 @@ from saelib.files import json_of, reading, write_whole
 from saelib.normalisation import UNIT_NORM
 from saelib.sae import SAE
 
-# whose files are written: without a version its loader takes them for older ones, and drops their metadata
+# the version whose files are written: without one its loader takes them for older ones, and drops their metadata
 SAELENS = "6.0.0"
 
 
