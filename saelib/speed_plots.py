@@ -130,7 +130,7 @@ def apart(rows: Sequence[dict]) -> Picture:
     plain_log(axes, y=False)
     axes.xaxis.set_major_locator(LogLocator())  # parts of a GPU's step span four decades
     axes.margins(x=0.15)
-    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="milliseconds: predicted (ring), measured (dot)")
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="milliseconds: predicted (ring),\nmeasured (dot)")
     axes.set_yticks(range(len(rows)), [f"{row['name']} ({row['bound']})" for row in rows], fontsize=8)
     picture.supxlabel(f"{sizes_of(rows[0])}\n{note_of(rows)}", fontsize=7, color="#555555")
     return picture
