@@ -315,7 +315,7 @@
     const average = MEASURES[program.measure].show(program.measure === "l0" ? Math.round(mean(values)) : mean(values));
     return make("div", { class: `program ${key}` },
       make("p", { class: "name" }, make("strong", {}, label(key)), ` · mean ${measure.name} `, make("strong", {}, average), " ",
-        make("span", { class: "legend note" }, "tint:", measure.scale[0], make("i", {}), measure.scale[1])),
+        make("span", { class: "legend note" }, `tint: ${measure.scale[0]}`, make("i", {}), measure.scale[1])),
       make("div", { class: "text", role: "listbox", "aria-label": `Tokens under ${label(key)}`, "aria-orientation": "horizontal", onclick: pickToken, onkeydown: moveToken }, ...spans));
   }
 
