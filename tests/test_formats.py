@@ -266,11 +266,11 @@ def test_a_tensor_of_another_shape_is_named_and_not_broadcast(format, file, name
 
 @pytest.mark.parametrize("format, file, changes, message", [
     ("saelens", "cfg.json", {"d_sae": 99}, "n_latents is 99: it must be 40, as the encoder has it"),
-                                                            ("saelens", "cfg.json", {"d_in": 99},
-                                                             "d_model is 99: it must be 12"),
+    ("saelens", "cfg.json", {"d_in": 99},
+     "d_model is 99: it must be 12"),
     ("sparsify", "cfg.json", {"num_latents": 7}, "n_latents is 7: it must be 40"),
-                                                            ("sparsify", "cfg.json", {"d_in": 9},
-                                                             "d_model is 9: it must be 12"),
+    ("sparsify", "cfg.json", {"d_in": 9},
+     "d_model is 9: it must be 12"),
     ("dictionary_learning", "config.json", {"trainer": {"dict_class": "AutoEncoderTopK", "dict_size": 7}},
      "n_latents is 7: it must be 40")])
 def test_sizes_that_a_file_states_are_those_of_its_weights(format, file, changes, message, tmp_path):

@@ -68,7 +68,7 @@ def test_bisection_ends_at_the_wanted_l0_and_counts_every_run(monkeypatch):
 
 @pytest.mark.parametrize("change, rule", [
     ({"n_tokens": 9}, "rows is 'of n_tokens 5, 9 on one frontier': it must be alike in it"),
-                                          ({"lr": 0.2}, "of lr 0.1, 0.2 on one frontier"),
+    ({"lr": 0.2}, "of lr 0.1, 0.2 on one frontier"),
     ({"n_latents": 16}, "of n_latents 16, 8 on one frontier"), ({"subject": "b"}, "of subject a, b on one frontier"),
     ({}, "rows is 'of topk with one sparsity and seed twice': it must be of different runs")])
 def test_only_runs_that_are_alike_share_a_frontier(change, rule):

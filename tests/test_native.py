@@ -182,7 +182,7 @@ def test_threads_share_the_work_and_change_no_bit():
 
 @pytest.mark.parametrize("method, share, used", [
     ("topk", None, {"largest", "backward"}), ("multi_topk", None, {"largest", "backward"}),
-                                                 ("relu", 0.5, {"decode", "sum_tokens"}),
+    ("relu", 0.5, {"decode", "sum_tokens"}),
     ("relu", 0.1, {"decode", "sum_tokens", "masked_product"}), ("relu", 0.005, {"backward"})])
 def test_the_path_takes_the_compiled_code_where_it_says_so(monkeypatch, method, share, used):
     sae, x, calls = make(64, 512, 8 if method != "relu" else 0.1, method=method), random(100, 64, seed=1), []

@@ -42,3 +42,8 @@ def test_the_tuned_rate_has_the_least_error_at_the_middle_l0_of_the_search(subje
               for lr, found in points.items()}
     reached = {lr: score for lr, score in scores.items() if not math.isnan(score)}
     assert profiles.LRS[subject, method] == min(reached, key=reached.get)
+
+
+def test_there_is_no_chapter_of_no_seeds():
+    with pytest.raises(ValueError, match="n_seeds is 0: it must be above 0"):
+        profiles.settings("l1_zeros", "quick", n_seeds=0)

@@ -84,15 +84,16 @@ def test_b_pre_starts_at_the_geometric_median_of_what_is_trained_on():
 
 @pytest.mark.parametrize("changes, message", [
     ({"n_latents": 0}, "n_latents is 0: it must be a whole number, 1 or more"), ({"n_tokens": 0}, "n_tokens is 0"),
-                                              ({"batch_size": 0}, "batch_size is 0"),
+    ({"batch_size": 0}, "batch_size is 0"),
     ({"sparsity": 100}, "sparsity is 100: k must be a whole number from 1 to n_latents = 64"),
-                                              ({"sparsity": 0}, "sparsity is 0"),
+    ({"sparsity": 0}, "sparsity is 0"),
     ({"sparsity": float("nan")}, "sparsity is nan"),
     ({"lr": -1.0}, "lr is -1.0: it must be a finite number, 0 or more"),
-                                              ({"device": "gpu"},
-                                               "device is 'gpu': it must be 'auto' or one that is here: 'cpu'"),
+    ({"lr": float("inf")}, "lr is inf: it must be a finite number, 0 or more"),
+    ({"device": "gpu"},
+     "device is 'gpu': it must be 'auto' or one that is here: 'cpu'"),
     ({"path": "fast"}, "path is 'fast': it must be one of auto"), ({"seed": -1}, "seed is -1"),
-                                              ({"seed": 2**43}, "seed is .*: it must be below"),
+    ({"seed": 2**43}, "seed is .*: it must be below"),
     ({"method": "topq"}, "method is 'topq': it must be one of"),
 ])
 def test_a_bad_argument_is_one_line_that_names_it(changes, message):
@@ -571,6 +572,7 @@ OF_ANOTHER_KIND = {
     "sources.from_tensor([[1.0]])": "source is 'list': it must be a tensor or an array",
     "sources.from_tensor(x, held_out_fraction='0.1')": "held_out_fraction is '0.1': it must be above 0 and below 1",
     "saelib.open_source(None, 100)": "subject is None: it must be a name or a path",
+    "saelib.open_source('pygpt', 100, text=['a'])": "text is 'list': it must be a name or a path",
 }
 
 
@@ -620,6 +622,16 @@ def test_rows_that_no_sweep_wrote_are_no_store(tmp_path):
         (tmp_path / "rows.jsonl").write_text(json.dumps({"config": {}, "provenance": made}) + "\n")
         with pytest.raises(ValueError, match="store is '.*rows.jsonl': it must be a file of rows that a sweep wrote"):
             sweeps.sweep([config()], tmp_path / "rows.jsonl", progress=False)
+
+
+def test_few_sources_are_kept_open(monkeypatch):
+    monkeypatch.setattr(runs, "_SOURCES", {})
+    monkeypatch.setattr(runs, "KEPT", 2)
+    first = runs.open_source(config(source_tokens=100))
+    assert runs.open_source(config(source_tokens=100)) is first
+    for n in (101, 102):
+        runs.open_source(config(source_tokens=n))
+    assert len(runs._SOURCES) == 2 and runs.open_source(config(source_tokens=100)) is not first
 
 
 def test_to_compile_is_no_training_time(monkeypatch):

@@ -1,4 +1,5 @@
 import copy
+import math
 import subprocess
 import sys
 
@@ -28,6 +29,13 @@ def test_the_loss_falls_and_the_log_is_the_terms_that_were_optimised():
     _, history = short(n_steps=60)
     assert history[-1]["squared_error"] < 0.8 * history[0]["squared_error"]
     assert set(history[0]) == {"step", "tokens", "l0", "dead_fraction", "squared_error", "auxk"}
+
+
+def test_a_penalty_rises_from_zero_and_the_second_loss_of_multi_topk_does_not():
+    for method, sparsity, term in (("relu", 0.1, "l1"), ("multi_topk", 3, "multi_topk")):
+        sae = SAE(16, 40, method, sparsity)
+        history = train(sae, batches_of(X, 10), 10, lr=1e-3, penalty_warmup=0.5)
+        assert (history[0][term] > 0) == (method == "multi_topk") and history[-1][term] > 0
 
 
 def test_the_decoder_has_unit_rows_after_every_step():
@@ -294,10 +302,11 @@ def test_batchtopk_counts_its_cuts_on_the_dense_path_in_bfloat16():
 
 @pytest.mark.parametrize(("options", "message"), [
     (dict(penalty_warmup=-1), "penalty_warmup is -1: it must be a number from 0 to 1"),
-                                                  (dict(lr=-1.0), "lr is -1.0: it must be a finite number, 0 or more"),
+    (dict(lr=-1.0), "lr is -1.0: it must be a finite number, 0 or more"),
+    (dict(auxk_coef=math.inf), "auxk_coef is inf: it must be a finite number, 0 or more"),
     (dict(k_aux=0), "k_aux is 0: it must be a whole number, 1 or more"),
-                                                  (dict(path="auto"),
-                                                   "path is 'auto': it must be one of sparse, graph, native, dense"),
+    (dict(path="auto"),
+     "path is 'auto': it must be one of sparse, graph, native, dense"),
 ])
 def test_what_training_does_not_take_is_named_before_the_first_step(options, message):
     with pytest.raises(ValueError, match=message):
