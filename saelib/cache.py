@@ -55,7 +55,7 @@ def cached(key: dict, make: Callable[[int], Iterator[Tensor]], name: str) -> lis
 def _writing() -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"cache is {str(cache_folder())!r}: it must be a folder that can be written "
                          f"({error})") from None
 

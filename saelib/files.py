@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from pickle import UnpicklingError
+from tempfile import TemporaryFile
 from uuid import uuid4
 
 import numpy
@@ -24,7 +25,8 @@ def write_whole(files: dict[Path, Callable[[Path], object]]) -> None:
     partial file that is left over, and writes them all again.
 
     Raises:
-        ValueError: some of them are there and some are not: those belong to something else.
+        ValueError: some of them are there and some are not: those belong to something else. Or their folder can't be
+            written.
     """
     there, last = [path for path in files if path.exists()], list(files)[-1]
     if there and not any(last.parent.glob(f"{last.name}.*.partial")):
@@ -32,10 +34,10 @@ def write_whole(files: dict[Path, Callable[[Path], object]]) -> None:
                 f"another one: {there[0].name} lies there, and no "
                 f"{' and '.join(p.name for p in files if p not in there)} with it")
     partials = {path: path.with_name(f"{path.name}.{uuid4().hex[:12]}.partial") for path in files}
+    for folder in {path.parent for path in files}:
+        make_folder("folder", folder)
     try:
         for path, write in files.items():
-            with reading("folder", path.parent, "be a folder, or the name of one that can be made"):
-                path.parent.mkdir(parents=True, exist_ok=True)
             write(partials[path])
         if len(files) > 1:
             last.unlink(missing_ok=True)
@@ -44,6 +46,14 @@ def write_whole(files: dict[Path, Callable[[Path], object]]) -> None:
     finally:
         for partial in partials.values():
             partial.unlink(missing_ok=True)
+
+
+def make_folder(name: str, folder: str | Path) -> None:
+    """Make a folder if it is not there. Raise ValueError, with the argument's name, if no file can be written into it.
+    """
+    with reading(name, folder, "be a folder that can be written, or the name of one that can be made"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
 
 
 def json_of(about: dict) -> Callable[[Path], object]:

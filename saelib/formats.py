@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saelib.checks import require
+from saelib.checks import check_number, require
 from saelib.files import json_of, reading, write_whole
 from saelib.normalisation import UNIT_NORM
 from saelib.sae import SAE
@@ -28,11 +28,12 @@ from saelib.sae import SAE
 SAELENS = "6.0.0"
 
 
-def build(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_pre: Tensor, method: str, sparsity: float,
+def build(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_pre: Tensor, method: str, sparsity: float | None,
           normalisation: str = "none", n_latents: int | None = None, d_model: int | None = None) -> SAE:
     """An SAE of these weights, both matrices with one row a latent. The sizes are what the file says, if it does."""
     for name, size, own in (("n_latents", n_latents, len(W_enc)), ("d_model", d_model, W_enc.shape[1])):
         require(size in (None, own), name, size, f"{own}, as the encoder has it")
+    check_number("k", sparsity, 0)
     sae = SAE(W_enc.shape[1], len(W_enc), method, sparsity, normalisation=normalisation)
     for name, theirs in (("W_enc", W_enc), ("b_enc", b_enc), ("W_dec", W_dec), ("b_pre", b_pre)):
         own = getattr(sae, name).detach()
@@ -220,6 +221,7 @@ def save(sae: SAE, folder: str | Path, format: str, **metadata) -> None:
         ValueError: an unknown format, an SAE or metadata that it cannot hold, a BatchTopK SAE that was never trained,
             or a folder with another format's files of the same name. Nothing is written then.
     """
+    require(isinstance(sae, SAE), "sae", type(sae).__name__, "an SAE: of a fit it is `.sae`")
     write = of(format)[0]
     require(not metadata or write is write_saelens, "format", format, f"'saelens' to keep {', '.join(metadata)}")
     write(sae, Path(folder), **metadata)

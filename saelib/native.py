@@ -61,7 +61,7 @@ def build() -> ModuleType | str:
             cpp_extension.load(module, [str(path) for path in SOURCES if path.suffix == ".cpp"], extra_cflags=flags,
                                extra_ldflags=["-fopenmp"], build_directory=folder, is_python_module=False)
             made = Path(folder) / kept.name
-            with suppress(OSError):  # where nothing can be kept, each process compiles anew
+            with suppress(OSError, ValueError):  # where nothing can be kept, each process compiles anew
                 write_whole({kept: lambda partial: shutil.copy(made, partial)})
             return load(module, made)
     except Exception as error:  # whatever keeps a compiler from its work, there is a path without it

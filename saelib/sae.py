@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from saelib import kernels, methods, native, pairs, relu_path
-from saelib.checks import is_whole, require
+from saelib.checks import check_number, is_whole, require
 from saelib.files import json_of, reading, write_whole
 from saelib.normalisation import UNIT_NORM, check_normalisation, check_normalised, normalise, size_and_mean
 
@@ -194,14 +194,14 @@ class SAE(nn.Module):
         """Write `sae.safetensors` and `sae.json` into `folder`, both whole or neither.
 
         Raises:
-            ValueError: the weights or the description that lie there are of another format.
+            ValueError: weights that are not finite, or what lies there is of another format.
         """
-        folder = Path(folder)
         about = {"format": FORMAT, "d_model": self.d_model, "n_latents": self.n_latents, "method": self.method.key,
                  "sparsity": self.method.sparsity, "normalisation": self.normalisation}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_whole({folder / "sae.safetensors": lambda partial: save_file(tensors, partial),
-                     folder / "sae.json": json_of(about)})
+        require(all(tensor.isfinite().all() for tensor in tensors.values()), "sae", "one with NaN or Inf", "finite")
+        write_whole({Path(folder, "sae.safetensors"): lambda partial: save_file(tensors, partial),
+                     Path(folder, "sae.json"): json_of(about)})
 
 
 def load(folder: str | Path) -> SAE:
@@ -213,8 +213,8 @@ def load(folder: str | Path) -> SAE:
     folder = Path(folder)
     with reading("folder", folder, "hold the sae.json and sae.safetensors that `SAE.save` writes"):
         about = json.loads((folder / "sae.json").read_text())
-        if about.pop("format", None) != FORMAT:
-            raise ValueError(f"folder is {str(folder)!r}: its sae.json must say format {FORMAT!r}")
+        require(about.pop("format", None) == FORMAT, "folder", str(folder), f"one whose sae.json says {FORMAT!r}")
+        check_number("sparsity", about.get("sparsity"), 0)
         sae = SAE(**about)
         tensors = load_file(folder / "sae.safetensors")
         for name, own in sae.state_dict().items():

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from saelib.checks import require
-from saelib.files import reading, write_whole
+from saelib.files import make_folder, reading, write_whole
 from saelib.origin import code_hash, inputs
 from saelib.runs import RunConfig, run
 from saelib.subjects import pick_device
@@ -49,9 +49,10 @@ def whole_lines(store: Path) -> list[str]:
 
 def end_last_line(store: Path) -> None:
     """Let the next row begin on a line of its own: after the last one, or in the place of one that is not whole."""
-    with WRITING:
+    with WRITING, reading("store", store, "be a file that can be written"):
         store.parent.mkdir(parents=True, exist_ok=True)
-        text = store.read_text() if store.exists() else ""
+        store.open("a").close()
+        text = store.read_text()
         if text and text[-1] != "\n":
             lines = whole_lines(store)
             write_whole({store: lambda partial: partial.write_text("".join(line + "\n" for line in lines))})
@@ -126,13 +127,6 @@ def whole_list(configs: Iterable[RunConfig]) -> list[RunConfig]:
     return configs
 
 
-def make_folder(keep: Path | str | None) -> None:
-    """The folder for SAEs, if there is to be one: before the first is trained."""
-    if keep:
-        with reading("keep", keep, "be a folder, or the name of one that can be made"):
-            Path(keep).mkdir(parents=True, exist_ok=True)
-
-
 def places(config: RunConfig, name: str, store: Path | str | None,
            keep: Path | str | None) -> tuple[Path | None, Path | None]:
     """Where a member's checkpoint and its SAE go."""
@@ -163,7 +157,8 @@ def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, keep
         One row (see `run`) for each config.
     """
     configs, device = whole_list(configs), pick_device(device)
-    make_folder(keep)
+    if keep:  # before the first SAE is trained
+        make_folder("keep", keep)
     kept = finished(store, keep) if store else {}
     names = {config: (json.dumps(asdict(config)), inputs(config)) for config in configs}
     done = {config: kept[name] for config, name in names.items() if name in kept}

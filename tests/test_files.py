@@ -83,3 +83,12 @@ def test_a_write_that_fails_leaves_what_was_there_and_no_partial_file(tmp_path):
     with pytest.raises(OSError, match="no space left"):
         files.write_whole({first: lambda partial: partial.write_text("new"), last: fails})
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old", "b": "old"}
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_file_in_the_place_of_the_folder_is_named_and_left(tmp_path, below):
+    (tmp_path / "file").write_text("mine")
+    folder = tmp_path / "file" / below
+    with pytest.raises(ValueError, match="folder is .*file.*: it must be a folder that can be written"):
+        files.write_whole({folder / name: lambda partial: partial.write_text("new") for name in ("a", "b")})
+    assert (tmp_path / "file").read_text() == "mine"

@@ -2,6 +2,7 @@
 activations; where the library is installed, it is asked itself."""
 import importlib
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -306,3 +307,17 @@ def test_reading_an_sae_runs_no_code_of_its_file(format, name, tmp_path):
     with pytest.raises(ValueError, match=f"hold an SAE in the format '{format}'"):
         formats.load(tmp_path, format)
     assert not (tmp_path / "cast").exists()
+
+
+@pytest.mark.parametrize("format", ["saelens", "sparsify"])
+def test_a_file_without_a_k_is_not_taken_for_one_of_32(format, tmp_path):
+    formats.save(SAE(8, 64, "topk", 4), tmp_path, format)
+    about = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps(about | {"k": None}))
+    with pytest.raises(ValueError, match="k is None: it must be a finite number"):
+        formats.load(tmp_path, format)
+
+
+def test_what_is_no_sae_is_named(tmp_path):
+    with pytest.raises(ValueError, match="sae is 'Namespace': it must be an SAE: of a fit it is `.sae`"):
+        formats.save.__wrapped__(Namespace(), tmp_path, "saelens")

@@ -191,9 +191,16 @@ def test_a_kill_while_an_sae_is_judged_loses_no_training(tmp_path, monkeypatch):
 
 def test_a_folder_for_saes_that_cannot_be_made_is_refused_before_the_training(tmp_path):
     (tmp_path / "file").write_text("")
-    rule = "keep is '.*file/saes': it must be a folder, or the name of one that can be made"
+    rule = "keep is '.*file/saes': it must be a folder that can be written, or the name of one"
     with pytest.raises(ValueError, match=rule):
         saelib.sweep([config()], keep=tmp_path / "file" / "saes", progress=False)
+
+
+def test_a_store_that_cannot_be_written_is_refused_before_the_training(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sweeps, "run", lambda *args: pytest.fail("it was trained"))
+    with pytest.raises(ValueError, match="store is '.*file/rows.jsonl': it must be a file that can be written"):
+        saelib.sweep([config()], tmp_path / "file" / "rows.jsonl", progress=False)
 
 
 def test_a_failure_is_heard_of_before_those_that_started_earlier_have_ended(monkeypatch):

@@ -57,7 +57,7 @@ def test_loading_refuses_what_is_not_an_sae(tmp_path):
     with pytest.raises(ValueError, match="W_enc must be a tensor of shape"):
         saelib.load(tmp_path)
     (tmp_path / "sae.json").write_text(json.dumps({"format": "other"}))
-    with pytest.raises(ValueError, match="must say format"):
+    with pytest.raises(ValueError, match="folder is .*: it must be one whose sae.json says 'saelib-1'"):
         saelib.load(tmp_path)
 
 
@@ -296,3 +296,38 @@ def test_where_nothing_can_be_kept_what_was_compiled_is_used_from_where_it_lies(
     monkeypatch.setattr(native, "load", lambda module, path: loaded.append(path.read_text())
                         or types.ModuleType(module))
     assert not isinstance(native.build.__wrapped__(), str) and loaded == ["made"]
+
+
+def test_l0_is_active_latents_over_tokens_also_beyond_one_block():
+    out = SAE(16, 40, "relu", 0.1).run(torch.randn(300, 16))
+    assert torch.isclose(out.l0(), (out.latents > 0).sum() / 300)
+
+
+def test_both_biases_are_zero_at_the_start():
+    sae = SAE(4, 6, "topk", 2)
+    assert not sae.b_pre.any() and not sae.b_enc.any()
+
+
+def test_what_cannot_be_read_back_is_not_written(tmp_path):
+    sae = SAE(8, 30, "topk", 4)
+    sae.save(tmp_path)
+    about = json.loads((tmp_path / "sae.json").read_text())
+    del about["sparsity"]
+    (tmp_path / "sae.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="sparsity is None: it must be a finite number"):
+        saelib.load(tmp_path)
+    sae.W_dec.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="sae is 'one with NaN or Inf': it must be finite"):
+        sae.save(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_truth_value_is_no_number():
+    with pytest.raises(ValueError, match="n_latents is True: it must be a whole number"):
+        SAE(8, True, "topk", 1)
+
+
+def test_modules_are_there_when_they_are_asked_for():
+    code = "import saelib, sys; assert 'matplotlib' not in sys.modules; saelib.plots.frontier; saelib.no_such_module"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip().endswith("AttributeError: module 'saelib' has no attribute 'no_such_module'")
