@@ -18,7 +18,7 @@ def require(holds: bool, name: str, value, rule: str) -> None:
 
 def is_whole(value) -> bool:
     """Whether it is a number without a fraction, small enough to be exact as a float."""
-    return isinstance(value, Real) and value == value // 1 and abs(value) < 2**53
+    return isinstance(value, Real) and not isinstance(value, bool) and value == value // 1 and abs(value) < 2**53
 
 
 def as_tensor(x, name: str = "source"):

@@ -79,6 +79,7 @@ class Loop:
         """The weighted terms of the loss. Their sum is optimised; the same dict is the log."""
         terms = {"squared_error": losses.squared_error(x, out.x_hat)}
         penalty = self.sae.method.penalty(self.sae, x, out)
+        require(isinstance(penalty, dict), "penalty", type(penalty).__name__, "a dict of weighted terms")
         require(not penalty.keys() & {"squared_error", "auxk"}, "penalty", list(penalty),
                 "a dict of terms with other names than squared_error and auxk")
         scale = self.penalty_scale if self.sae.method.warms else 1

@@ -198,7 +198,8 @@ def kernel(method: Method) -> str | None:
 
 def find(key: str) -> type[Method]:
     """The method called `key`. Raise ValueError if there is none."""
-    require(key in METHODS, "method", key, f"one of {', '.join(METHODS)}")
+    require(isinstance(key, str) and key in METHODS, "method", key,
+            f"one of {', '.join(METHODS)}, or one of your own whose module is imported")
     require(METHODS[key].key == key, "method", key, f"found under its own key, {METHODS[key].key!r}")
     return METHODS[key]
 

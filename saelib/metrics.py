@@ -64,10 +64,10 @@ def evaluate(sae, x: Tensor | numpy.ndarray | Iterable, mean: Tensor | numpy.nda
 
     Returns:
         `normalized_mse`, `explained_variance`, `l0` (mean number of active latents a token), `l0_most` (their number in
-        the token that has most), `l1` (mean sum of the latents a token), `dead_fraction` (latents that fire on none of
-        these tokens: compare it between evaluations on equally many), `short_fraction` (tokens with fewer active
-        latents than the method's k; 0 without a k), `n_tokens` (how many were judged). The first two are NaN where
-        there is nothing to explain.
+        the token that has most), `l1` (mean sum of a token's latents, without their signs), `dead_fraction` (latents
+        that fire on none of these tokens: compare it between evaluations on equally many), `short_fraction` (tokens
+        with fewer active latents than the method's k; 0 without a k), `n_tokens` (how many were judged). The first two
+        are NaN where there is nothing to explain.
 
     Raises:
         ValueError: no tokens, a wrong shape, activations that are not finite, or not normalised as the SAE's were (see
@@ -87,11 +87,12 @@ def evaluate(sae, x: Tensor | numpy.ndarray | Iterable, mean: Tensor | numpy.nda
         sae.check_normalised(batch)
         with judging(sae):
             out = sae.run(batch, scratch=scratch)
-        error, l0 = (batch - out.x_hat).double(), (out.latents != 0).sum(1)
+        error, on = (batch - out.x_hat).double(), out.latents != 0
+        l0 = on.sum(1)
         n_tokens, active, most = n_tokens + len(batch), active + l0.sum(), l0.max().clamp_min(most)
-        l1 += out.latents.sum(dtype=torch.float64)
+        l1 += torch.linalg.vector_norm(out.latents, 1, dtype=torch.float64)
         n_short += (l0 < getattr(sae.method, "k", 0)).sum()
-        fired |= out.fired()
+        fired |= out.fired() if out.active is not None else on.any(0)
         for name, value in (("x", batch.double()), ("e", error)):
             sums[name] += value.sum(0)
             sums[name + "²"] += value.pow(2).sum(0)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy
 import torch
+from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -143,9 +144,17 @@ def check_activations(x: Tensor) -> None:
     require(dense_floats, "source", f"a tensor of {x.dtype}, {x.layout}",
             f"a dense one of {', '.join(map(str, FLOATS))}")
     for piece in x.split(PIECE_ROWS):
-        if not torch.isfinite(piece).all():
-            bad = int((~torch.isfinite(x).all(1)).nonzero()[0])
-            raise ValueError(f"source holds NaN or Inf, first in row {bad}: activations must be finite")
+        if not torch.isfinite(piece.float()).all():
+            bad = int((~torch.isfinite(x.float()).all(1)).nonzero()[0])
+            raise ValueError(f"source holds NaN or Inf, first in row {bad}: activations must be finite in float32")
+
+
+def normalised_rows(x: Float[Tensor, "n_tokens d_model"]) -> Float[Tensor, "n_tokens d_model"]:
+    """`normalise`, piece by piece: of many activations it would make several copies."""
+    rows = torch.empty(x.shape)
+    for piece, to in zip(x.split(PIECE_ROWS), rows.split(PIECE_ROWS)):
+        to.copy_(normalise(piece))
+    return rows
 
 
 def from_tensor(x: Tensor | numpy.ndarray, name: str = "tensor", held_out_fraction: float = 0.1,
@@ -166,7 +175,7 @@ def from_tensor(x: Tensor | numpy.ndarray, name: str = "tensor", held_out_fracti
     x = as_tensor(x)
     check_activations(x)
     if normalisation == UNIT_NORM:
-        x = normalise(x)
+        x = normalised_rows(x)
     if len(x) < 2:
         raise ValueError(f"source has shape {list(x.shape)}: it must hold at least two tokens, one to train on and one "
                          f"to hold out")
@@ -182,7 +191,8 @@ def from_file(path: Path, n_tokens: int) -> Source:
         tensors = {"": as_tensor(numpy.load(path, mmap_mode="r"))} if path.suffix == ".npy" else load_file(path)
     require(len(tensors) == 1, "source", f"{path.name} with tensors {', '.join(tensors)}", "a file with one tensor")
     source = from_tensor(*tensors.values(), path.name)
-    return Source(path.name, [normalise(source.shards[0][:n_tokens])], normalise(source.held_out), UNIT_NORM)
+    train, held_out = normalised_rows(source.shards[0][:n_tokens]), normalised_rows(source.held_out)
+    return Source(path.name, [train], held_out, UNIT_NORM)
 
 
 def synthetic(n_tokens: int, *, d_model: int = 64, n_features: int = 256, l0: float = 8.0, exponent: float = 0.7,

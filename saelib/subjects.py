@@ -118,7 +118,7 @@ def residual_stream(model: nn.Module, ids: Tensor, layer: int) -> Tensor:
 def wrapping(tokenizer) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer puts before and after a text: [CLS] and [SEP], a first one alone, or none."""
     bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    before = next((i for i in range(len(whole)) if whole[i: i + len(bare)] == bare), None)
+    before = next((i for i in range(len(whole)) if whole[i: i + len(bare)] == bare), None) if bare else None
     require(before is not None, "subject", tokenizer.name_or_path,
             "a model whose tokenizer is there and makes tokens of text")
     return whole[:before], whole[before + len(bare):]
@@ -237,7 +237,8 @@ def model_key(subject: str) -> str:
         return subject
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 

@@ -85,8 +85,8 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
     Raises:
         FloatingPointError: a term of the loss is not finite. On a GPU only the steps that leave a row are looked at,
             after their update.
-        ValueError: an unknown path, or "graph" where a step can't be recorded; too few batches; a checkpoint of another
-            run.
+        ValueError: an unknown path, or "graph" where a step can't be recorded; activations that are not as the SAE
+            expects them; too few batches; a checkpoint of another run.
 
     Paper: §2.4, §3.1, Appendix A
     """
@@ -103,9 +103,11 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
     kept = checkpoint and Path(checkpoint)
     if kept:
         checkpoints.resume(kept, about, sae.W_dec.device, loop.restore)
-    saved, log_every = time.monotonic(), max(1, n_steps // LOG_POINTS)
+    saved, start, log_every = time.monotonic(), loop.step, max(1, n_steps // LOG_POINTS)
     for x in islice(batches(loop.step), n_steps - loop.step):
         x = x.to(sae.W_dec.device, sae.W_dec.dtype, non_blocking=True)
+        if loop.step == start:
+            sae.check_normalised(sae.tokens(x))
         log = (loop.step + 1) % log_every == 0 or loop.step + 1 == n_steps
         loop.one(x, schedule(loop.step, n_steps), warmed(loop.step, n_steps, penalty_warmup), path, precision, log)
         if kept and loop.step < n_steps and time.monotonic() - saved > CHECKPOINT_SECONDS:

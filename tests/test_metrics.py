@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import saelib
+from saelib import definitions
 from saelib.sae import SAE, Output
 
 
@@ -183,3 +184,31 @@ def test_an_input_counts_as_normalised_within_one_percent_of_norm_1_above_and_be
     x = length * sae.normalised(torch.randn(5, 6))
     with nullcontext() if taken else pytest.raises(ValueError, match="x is 'with a vector of norm"):
         sae.encode(x)
+
+
+def test_half_the_activations_leave_three_quarters_of_the_variance_explained_whatever_their_mean():
+    x = torch.randn(1000, 5) + 3
+    assert saelib.evaluate(Fixed(5, lambda b: b / 2), x)["explained_variance"] == pytest.approx(0.75, abs=1e-5)
+
+
+def test_a_single_number_that_is_not_finite_is_enough_to_refuse():
+    with pytest.raises(ValueError, match="mean is .*: it must be None, or finite"):
+        saelib.evaluate(SAE(4, 6, "topk", 2), torch.randn(20, 4), torch.tensor([0.0, 0.0, 0.0, torch.nan]))
+    with pytest.raises(ValueError, match="sae is 'one that reconstructs NaN or Inf'"):
+        saelib.evaluate(Fixed(4, lambda b: b * torch.tensor([torch.nan, 1, 1, 1])), torch.randn(20, 4))
+
+
+def test_the_six_definitions_on_four_tokens_by_hand():
+    x = torch.tensor([[0.0, 0.0], [2.0, 4.0], [0.0, 0.0], [4.0, 8.0]])
+    e = torch.tensor([[1.0, 0.0], [1.0, 2.0], [0.0, 2.0], [0.0, 4.0]])
+    assert definitions.normalized_mses(x, x - e, torch.ones(2), batch_size=2) == pytest.approx({
+        "ours": 26 / 72, "energy": 26 / 100, "batch mean": (6 / 10 + 20 / 40) / 2, "residual variance": 9 / 55,
+        "mean of ratios": (1 / 2 + 5 / 10 + 4 / 2 + 16 / 58) / 4, "per dimension": (2 / 11 + 24 / 44) / 2})
+
+
+def test_a_latent_below_zero_is_active_and_adds_to_l1():
+    sae = SAE(4, 6, "topk", 2)
+    sae.method.forward = lambda pre_acts: -torch.ones_like(pre_acts)
+    sae.run = lambda x, **_: SAE.run(sae, x, "dense")
+    measured = saelib.evaluate(sae, torch.randn(20, 4))
+    assert (measured["l0"], measured["l1"], measured["dead_fraction"]) == (6, 6, 0)

@@ -221,3 +221,19 @@ def test_a_frequency_has_a_most_and_the_others_share_what_is_left_over():
     assert on.sum(1).float().mean().item() == pytest.approx(4, abs=0.05)
     with pytest.raises(ValueError, match="l0 is 16: it must be above 0, and at most 0.9 n_features"):
         sources.synthetic(100, n_features=16, l0=16)
+
+
+def test_many_rows_are_normalised_piece_by_piece_to_the_same(monkeypatch):
+    x = torch.randn(20, 6)
+    whole = sources.from_tensor(x, normalisation="unit_norm")
+    monkeypatch.setattr(sources, "PIECE_ROWS", 3)
+    pieces = sources.from_tensor(x, normalisation="unit_norm")
+    assert torch.equal(whole.held_out, pieces.held_out) and torch.equal(whole.shards[0], pieces.shards[0])
+    assert torch.equal(whole.shards[0], sources.normalise(x[:18]))
+
+
+def test_numbers_too_large_for_float32_are_named_with_their_row():
+    x = torch.randn(20, 6).double()
+    x[4, 1] = 1e300
+    with pytest.raises(ValueError, match="first in row 4: activations must be finite in float32"):
+        sources.from_tensor(x)

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -324,3 +324,13 @@ def test_no_text_is_no_text(tiny, text):
     rule = "it must be 'python', 'english', .*: the subject '.*/gpt0' has none of its own, as pygpt, minilm, gpt2 have"
     with pytest.raises(ValueError, match=f"text is {text!r}: {rule}"):
         subjects.open_source(tiny["gpt"], 100, text=text)
+
+
+def test_a_tokenizer_that_makes_nothing_of_the_letter_it_is_asked_about_is_refused():
+    tokenizer = Tokenizer(models.BPE())
+    special = ["<s>", "</s>"]
+    tokenizer.train_from_iterator(["ACGTTGCA" * 50], trainers.BpeTrainer(vocab_size=60, special_tokens=special))
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    with pytest.raises(ValueError, match="it must be a model whose tokenizer is there and makes tokens of text"):
+        subjects.wrapping(fast)

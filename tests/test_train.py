@@ -1,4 +1,5 @@
 import copy
+import inspect
 import math
 import subprocess
 import sys
@@ -389,3 +390,30 @@ def test_a_checkpoint_of_a_run_with_any_other_setting_is_refused(tmp_path, monke
         go(stop)
     with pytest.raises(ValueError, match=f"of a run with {name} .*: it must be of this run, with {here!r}"):
         go(**{name: here})
+
+
+def test_every_step_is_taken_at_the_rate_of_the_schedule(monkeypatch):
+    rates = []
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda adam: rates.append(float(adam.param_groups[0]["lr"])))
+    short(n_steps=40)
+    assert rates == pytest.approx([1e-3 * schedule(step, 40) for step in range(40)])
+
+
+@pytest.mark.parametrize(("method", "sparsity"), [("topk", 4), ("relu", 0.1)])
+def test_the_log_says_how_many_latents_were_active_for_a_token(method, sparsity):
+    sae = SAE(16, 40, method, sparsity)
+    wanted = (sae.encode(X[:20]) != 0).sum().item() / 20
+    assert train(sae, lambda start: iter([X[:20]]), 1, lr=0.0)[0]["l0"] == pytest.approx(wanted)
+
+
+def test_the_weight_of_auxk_and_when_a_latent_is_dead_are_the_papers_by_default():
+    default = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
+    assert (default["auxk_coef"], default["dead_after"]) == (1 / 32, 10_000_000)
+
+
+def test_activations_that_are_not_as_the_sae_expects_them_are_refused_at_once():
+    sae = SAE(16, 40, "topk", 4, normalisation="unit_norm")
+    before = sae.W_enc.detach().clone()
+    with pytest.raises(ValueError, match="x is 'with a vector of norm 50': it must be what `SAE.normalised` makes"):
+        train(sae, batches_of(50 * X, 5), 5)
+    assert torch.equal(sae.W_enc, before)
