@@ -79,10 +79,24 @@ def check_comparable(rows: Sequence[dict]) -> None:
         for name in ("subject", "n_latents") if method is None else of_method:
             values = sorted({str(config.get(name)) for config in members})
             require(len(values) <= 1, "rows", f"of {name} {', '.join(values)} on one frontier",
-                    f"alike in it: plots.frontier(panel={name!r}) sets them apart")
+                    f"alike in it: leave some out, or set them apart by plots.frontier(panel={name!r})")
         pairs = [(config["sparsity"], config["seed"]) for config in members]
         require(method is None or len(set(pairs)) == len(pairs), "rows",
                 f"of {method} with one sparsity and seed twice", "of different runs")
+
+
+def check_drawable(rows: Sequence[dict], panel: str, y: str, logy: bool) -> None:
+    """Raise ValueError unless `plots.frontier` can draw these rows: they have the fields, and numbers that its axes
+    have room for."""
+    require(len(rows) > 0, "rows", list(rows), "one row or more")
+    for name, part, there in (("panel", "config", panel), ("y", "metrics", y)):
+        require(all(there in row[part] for row in rows), name, there, f"one of {', '.join(rows[0][part])}")
+    for name, log, hint in (("l0", True, ""), (y, logy, ", or logy=False")):
+        for row in rows:
+            config, value = row["config"], row["metrics"][name]
+            require(math.isfinite(value) and (value > 0 or not log), "rows",
+                    f"with {name} {value:g} ({config['method']}, {config['sparsity']:g}, seed {config['seed']})",
+                    f"finite{f' and above 0 in it{hint}' * log}")
 
 
 def ratios(rows: Sequence[dict], over: str, under: str) -> dict[float, dict[int, float]]:

@@ -19,6 +19,7 @@ STYLE = Path(__file__).with_name("book.mplstyle")
 PENALTY_LOOK = {"none": (SHADES[5], "x"), "L1": LOOK["relu"], "L2": (SHADES[1], "D"), "smooth 0.01": (SHADES[0], "^"),
                 "smooth 0.1": (SHADES[2], "v"), "smooth 1": (SHADES[3], "s")}
 WIDTH = 4.8  # inches of a single panel: on a phone it still fits, with labels that can be read
+MOST_BARS = 400
 ROWS_MIME = "application/vnd.saelib.rows+json"
 
 
@@ -145,12 +146,9 @@ def frontier(rows: Sequence[dict], *, panel: str = "subject", y: str = "normaliz
     Raises:
         ValueError: no rows, or rows that do not belong together; a panel or metric that they lack, or that has no log.
     """
-    from saelib.frontiers import check_comparable
+    from saelib.frontiers import check_comparable, check_drawable
     from saelib.methods import METHODS, find
-    require(len(rows) > 0, "rows", list(rows), "one row or more")
-    for name, part, there in (("panel", "config", panel), ("y", "metrics", y)):
-        require(all(there in row[part] for row in rows), name, there, f"one of {', '.join(rows[0][part])}")
-    require(not logy or all(row["metrics"][y] > 0 for row in rows), "y", y, "above 0 in every row, or logy=False")
+    check_drawable(rows, panel, y, logy)
     panels = group(rows, lambda row: row["config"][panel])
     picture, axes = canvas(len(panels), sharey=False)
     for ax, (name, members) in zip(axes, panels.items()):
@@ -227,7 +225,9 @@ def histograms(columns: dict[str, dict[str, Sequence[float]]], xlabel: str, *, n
         The picture; its numbers are the share of values at or below 0 and the mean of the others, in every panel.
     """
     every = np.concatenate([values for moments in columns.values() for values in moments.values()])
-    edges = np.arange(np.floor(every.min() * 20), np.ceil(every.max() * 20) + 1) / 20  # 0 is an edge
+    require(bool(np.isfinite(every).all()), "columns", "a dict with NaN or Inf", "of finite numbers")
+    per_unit = min(20, MOST_BARS / max(1, np.ptp(every)))
+    edges = np.arange(np.floor(every.min() * per_unit), np.ceil(every.max() * per_unit) + 1) / per_unit  # 0 is an edge
     with matplotlib.style.context(STYLE):
         picture = Picture(figsize=(WIDTH, 1.1 + 0.95 * max(map(len, columns.values()))), layout="constrained")
         grid = picture.subplots(max(map(len, columns.values())), len(columns), sharex=True, sharey=True, squeeze=False)

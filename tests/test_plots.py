@@ -136,7 +136,11 @@ def test_a_method_without_a_colour_of_its_own_has_the_same_in_every_panel():
     ([], {}, "rows is []: it must be one row or more"),
     ([row()], {"panel": "foo"}, "panel is 'foo': it must be one of subject, method, sparsity, n_latents"),
     ([row()], {"y": "mse"}, "y is 'mse': it must be one of l0, normalized_mse, dead_fraction"),
-    ([row()], {"y": "dead_fraction"}, "y is 'dead_fraction': it must be above 0 in every row, or logy=False"),
+    ([row()], {"y": "dead_fraction"},
+     "rows is 'with dead_fraction 0 (topk, 4, seed 0)': it must be finite and above 0 in it, or logy=False"),
+    ([row(), row(l0=0.0)], {}, "rows is 'with l0 0 (topk, 4, seed 0)': it must be finite and above 0 in it"),
+    ([row(normalized_mse=math.nan)], {"logy": False},
+     "rows is 'with normalized_mse nan (topk, 4, seed 0)': it must be finite"),
     ([row(method="mine")], {}, "method is 'mine': it must be one of"),
 ])
 def test_what_no_frontier_can_be_drawn_of_is_named(rows, options, message):
@@ -149,13 +153,21 @@ def test_a_histogram_counts_what_is_at_or_below_zero():
     assert picture.numbers == ["case, then: 0.5000 at or below 0, mean of the others 0.3"]
 
 
+def test_a_histogram_of_large_values_has_no_more_bars_than_can_be_seen():
+    picture = plots.histograms({"case": {"then": [-3e4, 1e5]}}, "x")
+    edges = [bar.get_x() for bar in picture.axes[0].patches]
+    assert 300 < len(edges) <= 402 and min(abs(edge) for edge in edges) < 1e-6
+    with pytest.raises(ValueError, match="columns is 'a dict with NaN or Inf': it must be of finite numbers"):
+        plots.histograms({"case": {"then": [0.0, math.nan]}}, "x")
+
+
 def test_sizes_are_not_taken_for_seeds():
     rows = [{"config": {"subject": "synthetic", "method": "topk", "sparsity": k, "n_latents": n, "seed": 0,
                         "n_tokens": 100},
              "metrics": {"l0": k, "normalized_mse": 1 / n / k}, "provenance": {"hardware": "CPU"}} for n in (8, 16)
             for k in (4, 8)]
     with pytest.raises(ValueError, match="rows is 'of n_latents 16, 8 on one frontier': it must be alike in it: "
-                       "plots.frontier\\(panel='n_latents'\\) sets them apart"):
+                       "leave some out, or set them apart by plots.frontier\\(panel='n_latents'\\)"):
         plots.frontier(rows)
     assert [axes.get_title() for axes in plots.frontier(rows,
                                                         panel="n_latents").axes] == ["n_latents 8", "n_latents 16"]
