@@ -63,6 +63,9 @@ def test_bisection_ends_at_the_wanted_l0_and_counts_every_run(monkeypatch):
     assert abs(rows[-1]["metrics"]["l0"] / 32 - 1) <= 0.05 and len(rows) == len(asked) > 2
     # by factors of 4, then halfway between exponents: L0 is 32 at 2^-3.415
     assert asked == pytest.approx([2.0**-e for e in (1, 3, 5, 4, 3.5, 3.25, 3.375)])
+    asked.clear()
+    frontiers.bisect(RunConfig("synthetic", "relu", 2.0**-8, 8, 10), 32)  # from the other side
+    assert asked[:5] == pytest.approx([2.0**-e for e in (8, 6, 4, 2, 3)])
     assert len(frontiers.bisect(RunConfig("synthetic", "relu", 3 / 32, 8, 10), 32)) == 1
 
 

@@ -197,3 +197,9 @@ def test_a_second_derivative_is_refused_and_not_wrong(method, shift, path):
         torch.autograd.grad(sae.run(x, path).x_hat.pow(3).sum(), x, create_graph=True)
     grad, = torch.autograd.grad(sae.run(x, "dense").x_hat.pow(3).sum(), x, create_graph=True)
     assert torch.autograd.grad(grad.square().sum(), sae.W_enc)[0].any()
+
+
+def test_float32_tells_latents_apart_that_bfloat16_does_not():
+    W_enc = 1 + 1e-4 * torch.randperm(512, generator=torch.Generator().manual_seed(0)).float()[:, None]
+    values, _ = kernels.select(torch.ones(3, 1), W_enc, torch.zeros(512), 8)
+    assert torch.equal(values.sort(1).values, W_enc[:, 0].topk(8).values.flip(0).expand(3, 8))

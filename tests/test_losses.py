@@ -39,3 +39,10 @@ def test_a_second_derivative_of_the_squared_error_is_refused_and_not_wrong():
     with pytest.raises(RuntimeError, match="squared_error has a first derivative only"):
         torch.autograd.grad(losses.squared_error(torch.randn(5, 4), torch.ones(5, 3) @ weight), weight,
                             create_graph=True)
+
+
+def test_the_squared_errors_gradient_is_twice_the_residual_over_the_tokens_and_the_opposite_for_x():
+    x, x_hat = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    on_x, on_x_hat = torch.autograd.grad(3 * losses.squared_error(x, x_hat), (x, x_hat))
+    torch.testing.assert_close(on_x_hat, 3 * 2 * (x_hat - x).detach() / 5)
+    assert torch.equal(on_x, -on_x_hat)

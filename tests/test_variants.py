@@ -80,3 +80,11 @@ def test_shorter_rows_are_the_same_directions_at_the_length_that_torch_gives_a_l
 def test_every_variant_can_be_made_by_its_key():
     own = [v for v in vars(variants).values() if isinstance(v, type) and v.__module__ == variants.__name__]
     assert all(METHODS[v.key] is v for v in own)
+
+
+@pytest.mark.parametrize("key", ["relu_l2", "relu_smooth", "relu_subgradient"])
+def test_a_penalty_is_a_mean_over_tokens(key):
+    z = torch.rand(6, 5)
+    once, twice = (sum(METHODS[key](5, 1.0).penalty(None, None, SimpleNamespace(latents=latents)).values())
+                   for latents in (z, torch.cat([z, z])))
+    torch.testing.assert_close(once, twice)
