@@ -99,3 +99,16 @@ def test_a_decoder_scaled_by_two_percent_fails(tmp_path):
     done = nbval(tmp_path)
     assert done.returncode == 1, done.stdout
     assert "numbers in stdout further apart than 0.001" in done.stdout
+
+
+def test_outputs_of_another_python_are_not_compared_but_every_cell_must_run(tmp_path):
+    notebook = write_notebook(tmp_path, "print('error 0.36287')")
+    alter(tmp_path, "0.36287", "0.5")
+    assert nbval(tmp_path).returncode == 1
+    notebook.metadata["saelib_run"] = {"python": "3.0"}
+    nbformat.write(notebook, tmp_path / "tried.ipynb")
+    alter(tmp_path, "0.36287", "0.5")
+    assert nbval(tmp_path).returncode == 0
+    notebook.cells[0].source = "print(no_such_name)"
+    nbformat.write(notebook, tmp_path / "tried.ipynb")
+    assert nbval(tmp_path).returncode == 1

@@ -47,6 +47,11 @@ def code_cells(notebook):
     ]
 
 
+def minor_version():
+    """This Python, as "3.11". Its standard library is the text that `pygpt` and `minilm` read."""
+    return ".".join(platform.python_version_tuple()[:2])
+
+
 def code_hash(notebook):
     """Hash of all code that decides the numbers of this notebook."""
     from saelib import origin
@@ -54,7 +59,7 @@ def code_hash(notebook):
     code = [cell.source for cell in code_cells(notebook)]
     digest = hashlib.sha256(origin.code_hash().encode())
     for module in sorted(ROOT.glob("saelib/*.py")):
-        if module.stem not in ("labels", "plots", "speed_plots", *origin.DECIDING):
+        if module.stem not in ("marks", "plots", "speed_plots", *origin.DECIDING):
             digest.update(module.read_bytes())
     if any(name in source for source in code for name in ("speed_rows", "LENGTHS")):
         for rows in sorted(ROOT.glob("saelib/rows/*.jsonl")):
@@ -233,7 +238,7 @@ def refresh_committed(source):
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
             "language_info": {"name": "python"},
-            RECORD: {"profile": "quick", "code": code_hash(notebook)},
+            RECORD: {"profile": "quick", "code": code_hash(notebook), "python": minor_version()},
         }
     )
     replace_file(source, notebook)
