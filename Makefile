@@ -2,7 +2,7 @@
 # make test                    lint, unit tests, notebooks against their committed outputs, strict build, browser
 # make notebooks               refresh the committed `quick` outputs in notebooks/
 # make bench                   time a training step beside floors, the plain loop and other libraries (eleven minutes on two idle cores)
-# make keep                    put the times and frontiers of runs/ into book/results, which the site shows beside its own
+# make keep                    put the times, numbers and frontiers of runs/ into book/results, which the site shows beside its own
 # make links                   check the links to other sites (needs a network)
 # make clean                   remove the built site
 SHELL   := /bin/bash

@@ -156,12 +156,13 @@ def write_kept(book, profile, run):
     keep.kept_path(book.folder, profile).write_text(json.dumps({"01_toy": run}))
 
 
-def test_what_is_kept_of_a_run_is_its_record_and_its_frontiers(book):
+def test_what_is_kept_of_a_run_is_its_record_its_numbers_and_its_frontiers(book):
     show_frontier(book, [ROW])
     write_kept(book, "laptop", {"seconds": 1})
     keep.keep(book.folder, "laptop")
     run = keep.kept(book.folder, "laptop")["01_toy"]
     assert (run["seconds"], run["hardware"], run["frontiers"]) == (75, "2 cores of a toy", {"fig-toy": [ROW]})
+    assert run["numbers"] == {"gap": 0.271}
     book.run.unlink()
     keep.keep(book.folder, "laptop")
     assert keep.kept(book.folder, "laptop")["01_toy"] == run
@@ -227,6 +228,14 @@ def test_a_recorded_number_stands_in_prose_with_its_origin(book):
     assert number in book.page("index")
 
 
+def test_a_number_of_a_kept_run_stands_in_prose_whatever_run_is_shown(book):
+    write_kept(book, "gpu", {"date": "2026-02-03", "numbers": {"gap": 0.5}})
+    (book.folder / "index.md").write_text(FRONT_PAGE.replace("01_toy:gap:.1%", "gpu/01_toy:gap:.1%"))
+    assert book.build() == ""
+    number = 'title="gap, from notebook 01_toy, profile gpu, run of 2026-02-03">50.0%</span>'
+    assert number in book.page("index")
+
+
 def test_pages_follow_a_new_run(book):
     book.build()
     nbformat.write(executed_notebook(gap=0.5), book.run)
@@ -235,7 +244,7 @@ def test_pages_follow_a_new_run(book):
     assert "gap 0.5" in book.page("notebooks/01_toy")
 
 
-@pytest.mark.parametrize("name", ["01_toy:no_such", "09_none:gap", "01_toy:gap:nonsense"])
+@pytest.mark.parametrize("name", ["01_toy:no_such", "09_none:gap", "01_toy:gap:nonsense", "gpu/01_toy:gap"])
 def test_a_number_that_no_run_recorded_fails_the_build(book, name):
     (book.folder / "index.md").write_text(FRONT_PAGE.replace("01_toy:gap:.1%", name))
     assert f"number '{name}'" in book.build()

@@ -1,10 +1,10 @@
-"""Keep of the runs in runs/ what the site shows of runs that it was not built from: how long each took, and its
-frontiers.
+"""Keep of the runs in runs/ what the site shows of runs that it was not built from: how long each took, its frontiers,
+and the numbers that prose quotes of it.
 
     python tools/keep.py [PROFILE ...]      every profile that has runs, if none is named
 
-book/results/PROFILE.json holds for each notebook the record of its run, and the rows of its frontier figures. A
-notebook without a run in runs/PROFILE keeps what the file had.
+book/results/PROFILE.json holds for each notebook the record of its run, its numbers, and the rows of its frontier
+figures. A notebook without a run in runs/PROFILE keeps what the file had.
 """
 import json
 import re
@@ -16,6 +16,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from saelib.verdicts import NUMBERS_MIME  # noqa: E402
 from tools.run import code_cells, run_record  # noqa: E402
 
 ROWS_MIME = "application/vnd.saelib.rows+json"
@@ -31,11 +32,25 @@ def rows_of(notebook):
     }
 
 
+def records(notebook, mime):
+    """All records of one kind in a notebook's outputs, in order."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            if mime in output.get("data", {}):
+                yield output["data"][mime]
+
+
+def numbers_of(notebook):
+    """The numbers that a notebook recorded for prose, by name."""
+    return {name: value for record in records(notebook, NUMBERS_MIME) for name, value in record.items()}
+
+
 def run_of(path):
     """What is kept of one executed notebook."""
     notebook = nbformat.read(path, 4)
     record = run_record(notebook)
-    return {name: record[name] for name in KEPT if name in record} | {"frontiers": rows_of(notebook)}
+    return {name: record[name] for name in KEPT if name in record} | {"numbers": numbers_of(notebook),
+                                                                      "frontiers": rows_of(notebook)}
 
 
 def kept_path(root, profile):

@@ -9,6 +9,7 @@ The records lie in the outputs of the executed notebooks, and nowhere else (see 
 ```                                    how many claims have which verdict
 {number}`03_frontier:gap_32`           a number of notebooks/03_frontier.ipynb
 {number}`03_frontier:gap_32:.2f`       the same with a format
+{number}`laptop/03_frontier:gap_32`    the same of the run at a profile that is kept in book/results (see `tools.keep`)
 
 scoreboard.json at the site's root holds the table's rows. A name that no notebook recorded is a warning.
 """
@@ -24,13 +25,13 @@ from executed import executed_path
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from saelib.verdicts import anchor
+from saelib.verdicts import VERDICT_MIME, anchor
+from tools import keep
+from tools.keep import records
 from tools.run import run_record
 
 logger = logging.getLogger(__name__)
 
-VERDICT_MIME = "application/vnd.saelib.verdict+json"
-NUMBERS_MIME = "application/vnd.saelib.numbers+json"
 FIELDS = ("id", "claim", "section", "criterion", "paper", "ours", "verdict")
 BADGES = {"held": "✓ held", "held in part": "◐ held in part", "not held": "✗ not held"}
 COLUMNS = {
@@ -47,14 +48,6 @@ COLUMNS = {
 def notebook_pages(env):
     """The notebooks that are pages of this book, in the order of their names."""
     return sorted(name for name in env.found_docs if Path(env.doc2path(name)).suffix == ".ipynb")
-
-
-def records(notebook, mime):
-    """All records of one kind in a notebook's outputs, in order."""
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            if mime in output.get("data", {}):
-                yield output["data"][mime]
 
 
 def verdicts(app):
@@ -170,13 +163,17 @@ def no_markup(translator, node):
 
 
 class Number(SphinxRole):
-    """{number}`NOTEBOOK:NAME` or {number}`NOTEBOOK:NAME:FORMAT`."""
+    """{number}`NOTEBOOK:NAME` or {number}`NOTEBOOK:NAME:FORMAT`, with PROFILE/ before it for a run that is kept."""
 
     def run(self):
-        notebook, _, rest = self.text.partition(":")
+        place, _, rest = self.text.partition(":")
+        profile, _, notebook = place.rpartition("/")
         name, _, form = rest.partition(":")
         try:
-            value, profile = self.look_up(notebook, name)
+            numbers, profile = self.kept(profile, notebook) if profile else self.shown(notebook)
+            if name not in numbers:
+                raise LookupError(f"{place} recorded no {name!r}; it has: {', '.join(sorted(numbers)) or 'none'}")
+            value = numbers[name]
             text = format(value, form) if form else str(value)
         except (LookupError, ValueError) as error:
             reason = error.args[0]
@@ -185,7 +182,13 @@ class Number(SphinxRole):
         tooltip = f"{name}, from notebook {notebook}, profile {profile}"
         return [recorded_number("", "", nodes.Text(text), tooltip=tooltip)], []
 
-    def look_up(self, notebook, name):
+    def kept(self, profile, notebook):
+        path = keep.kept_path(self.env.srcdir, profile)
+        self.env.note_dependency(str(path))
+        run = keep.kept(self.env.srcdir, profile).get(notebook, {})
+        return run.get("numbers", {}), f"{profile}, run of {run.get('date', 'an unknown day')}"
+
+    def shown(self, notebook):
         docname = f"notebooks/{notebook}"
         if docname not in self.env.found_docs:
             raise LookupError(f"no page {docname}")
@@ -194,12 +197,7 @@ class Number(SphinxRole):
         if not path.exists():
             raise LookupError(f"{docname} has not been run")
         executed = nbformat.read(path, 4)
-        numbers = {}
-        for record in records(executed, NUMBERS_MIME):
-            numbers.update(record)
-        if name not in numbers:
-            raise LookupError(f"{docname} recorded no {name!r}; it has: {', '.join(sorted(numbers)) or 'none'}")
-        return numbers[name], run_record(executed).get("profile", "unknown")
+        return keep.numbers_of(executed), run_record(executed).get("profile", "unknown")
 
 
 def pages_with_scoreboard(app, env, added, changed, removed):
