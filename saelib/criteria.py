@@ -62,12 +62,13 @@ def l0_by_construction(largest_excess: float, shortfall: dict[str, float]):
             [largest_excess <= 0, max(shortfall.values()) < 0.01])
 
 
-def l0_emerges(n_runs: dict[str, int], spreads: dict[float, float]):
-    text = ", ".join(f"{name} {n}" for name, n in n_runs.items())
+def l0_emerges(searches: dict[str, list[float]], target: float, spreads: dict[float, float]):
+    reached = {name: abs(l0s[-1] / target - 1) <= 0.05 for name, l0s in searches.items()}
+    text = ", ".join(f"{name} {'' if reached[name] else 'not in '}{len(l0s)}" for name, l0s in searches.items())
     widest, narrowest = max(spreads, key=spreads.get), min(spreads, key=spreads.get)
-    return (f"training runs to reach L0 32 within 5 %: {text}; TopK 1. Over subjects and n, L0s lie "
+    return (f"training runs to reach L0 {target:g} within 5 %: {text}; TopK 1. Over subjects and n, L0s lie "
             f"{spreads[widest]:.2f}-fold apart at l1_coef {widest:g}, {spreads[narrowest]:.2f}-fold at {narrowest:g}",
-            [min(n_runs.values()) > 1, spreads[widest] > 2])
+            [all(reached[name] and len(l0s) > 1 for name, l0s in searches.items()), spreads[widest] > 2])
 
 
 def recovery(topk: list[float], relu: list[float], wide: list[float]):
