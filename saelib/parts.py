@@ -1,7 +1,8 @@
 """A TopK step taken apart: what each part computes and moves, counted, and the same part to be timed alone.
 
-The count is of the least work: every number that a part needs is read once from memory and every result written once. A
-part that gathers rows reads a row for each (token, latent) pair. Two measured rates turn counts into times:
+The count is of the least work without a cache: a part that gathers rows reads one for each (token, latent) pair; every
+other number that it needs is read once from memory, and every result written once. Two measured rates turn counts into
+times:
 
     predicted = max(operations / rate of the encoder's product,  bytes / rate of a large copy)
 """
@@ -21,7 +22,7 @@ COPY_FLOATS = 2**25  # 128 MiB: more than a cache holds
 
 
 class Part(NamedTuple):
-    """One part of a step: operations (to multiply and add are two), bytes at least moved, and how to run it."""
+    """One part of a step: operations (to multiply and add are two), bytes moved, and how to run it."""
     operations: float
     bytes: float
     step: Callable[[Tensor], object]
