@@ -140,7 +140,7 @@
     return [
       svg("svg", { class: "histogram", viewBox: "0 0 220 63", preserveAspectRatio: "none", role: "img", "aria-label": `Histogram of ${total} positive activations from 0 to ${thousandths(largest)}` },
         ...bars, svg("line", { x1: 0, x2: 220, y1: 62.5, y2: 62.5 })),
-      make("div", { class: "axis" }, make("span", {}, "0"), make("span", {}, "activation; heights: log of the tokens"), make("span", {}, thousandths(largest))),
+      make("div", { class: "axis" }, make("span", {}, "0"), make("span", {}, "activation; heights: log of token counts"), make("span", {}, thousandths(largest))),
     ];
   }
 
