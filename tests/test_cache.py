@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from saelib import cache
 
@@ -104,3 +105,11 @@ def test_the_cache_may_lie_in_the_home_folder_and_needs_none_if_it_lies_elsewher
     monkeypatch.setattr("pathlib.Path.home", lambda: pytest.fail("there may be none"))
     monkeypatch.setenv("SAELIB_CACHE", str(tmp_path))
     assert cache.cache_folder() == tmp_path
+
+
+def test_a_shard_of_another_length_than_the_index_has_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path))
+    cache.cached({}, lambda start: iter([torch.zeros(50, 20)]), "t")
+    save_file({"x": torch.zeros(49, 20).half()}, next(tmp_path.rglob("*.safetensors")))
+    with pytest.raises(ValueError, match="it must hold whole shards: delete it"):
+        cache.cached({}, lambda start: iter([]), "t")

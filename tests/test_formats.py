@@ -321,3 +321,44 @@ def test_a_file_without_a_k_is_not_taken_for_one_of_32(format, tmp_path):
 def test_what_is_no_sae_is_named(tmp_path):
     with pytest.raises(ValueError, match="sae is 'Namespace': it must be an SAE: of a fit it is `.sae`"):
         formats.save.__wrapped__(Namespace(), tmp_path, "saelens")
+
+
+def test_what_sparsify_wrote_itself_is_read_by_its_own_words(tmp_path):
+    formats.save(SAE(8, 64, "topk", 4), tmp_path, "sparsify")
+    about = json.loads((tmp_path / "cfg.json").read_text())
+    del about["method"], about["normalisation"]  # ours
+    for multi, key in ((False, "topk"), (True, "multi_topk")):
+        (tmp_path / "cfg.json").write_text(json.dumps(about | {"num_latents": 0, "multi_topk": multi}))  # 0: a factor
+        assert formats.load(tmp_path, "sparsify").method.key == key
+
+
+def test_an_openai_sae_whose_latents_may_be_negative_is_refused(tmp_path):
+    formats.save(SAE(8, 64, "topk", 4, normalisation=UNIT_NORM), tmp_path, "openai")
+    state = torch.load(tmp_path / "autoencoder.pt", weights_only=True)
+    state["activation_state_dict"]["postact_fn"] = "Identity"
+    torch.save(state, tmp_path / "autoencoder.pt")
+    with pytest.raises(ValueError, match="postact_fn is 'Identity': it must be 'ReLU'"):
+        formats.load(tmp_path, "openai")
+
+
+def test_a_threshold_is_not_written_as_a_k(tmp_path):
+    sae = SAE(8, 64, "batchtopk", 4, normalisation=UNIT_NORM)
+    sae.method.threshold.fill_(0.4), sae.method.n_cuts.fill_(9)
+    with pytest.raises(ValueError, match="method is 'batchtopk': it must be one of topk, multi_topk, relu"):
+        formats.save(sae, tmp_path, "openai")
+
+
+@pytest.mark.parametrize("name", ["activation_fn_str", "activation_fn"])
+def test_an_older_saelens_topk_is_read_as_topk_under_either_name(name, tmp_path):
+    formats.save(SAE(8, 64, "topk", 4), tmp_path, "saelens")
+    about = json.loads((tmp_path / "cfg.json").read_text()) | {"architecture": "standard", name: "topk"}
+    (tmp_path / "cfg.json").write_text(json.dumps(about))
+    assert formats.load(tmp_path, "saelens").method.key == "topk"
+
+
+def test_weights_in_a_half_are_scaled_and_folded_in_float32(tmp_path):
+    formats.save(SAE(8, 64, "topk", 4, normalisation=UNIT_NORM), tmp_path, "saelens")
+    tensors = {name: t.bfloat16() for name, t in load_file(tmp_path / "sae_weights.safetensors").items()}
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    back = formats.load(tmp_path, "saelens")
+    torch.testing.assert_close(back.W_enc.detach(), tensors["W_enc"].float().t() * 7**0.5, rtol=1e-6, atol=0)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from saelib import frontiers, profiles
+from saelib.checks import check_number
 
 LR_ROWS = Path(__file__).parents[1] / "book" / "results" / "lr.jsonl"
 MIDDLE = {"synthetic": 8, "pygpt": 32, "minilm": 32}  # the L0 that learning rates are compared at
@@ -47,3 +48,24 @@ def test_the_tuned_rate_has_the_least_error_at_the_middle_l0_of_the_search(subje
 def test_there_is_no_chapter_of_no_seeds():
     with pytest.raises(ValueError, match="n_seeds is 0: it must be above 0"):
         profiles.settings("l1_zeros", "quick", n_seeds=0)
+
+
+def test_one_is_a_number_of_seeds():
+    assert profiles.settings("frontier", "laptop", n_seeds=1).n_seeds == 1
+
+
+def test_rows_are_kept_in_the_clone_from_whatever_folder_a_notebook_runs(monkeypatch, tmp_path):
+    monkeypatch.delenv("SAELIB_RUNS", raising=False)
+    clone = Path(profiles.__file__).parents[1]
+    monkeypatch.chdir(tmp_path)
+    assert profiles.store_of("frontier", "laptop") == clone / "runs" / "laptop" / "frontier.jsonl"
+    monkeypatch.setattr(profiles, "__file__", str(tmp_path / "site" / "saelib" / "profiles.py"))
+    assert profiles.store_of("frontier", "laptop") == tmp_path / "runs" / "laptop" / "frontier.jsonl"
+
+
+def test_the_ends_of_a_range_belong_to_it():
+    for value in (0, 1):
+        check_number("x", value, 0, 1)
+    for value in (-1e-9, 1 + 1e-9, float("nan")):
+        with pytest.raises(ValueError, match="x is .*: it must be a number from 0 to 1"):
+            check_number("x", value, 0, 1)

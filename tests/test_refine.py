@@ -109,3 +109,14 @@ def test_moves_by_fifth_are_means_over_the_active_latents_in_order_of_their_size
     refined = torch.tensor([[0.2, 0.5, 0.0, 0.5], [0.2, 0.2, 0.0, 0.0]])
     expected = [(0.1, 0.1), (0.2, 0.0), (0.3, -0.1), (0.4, 0.1), (0.5, 0.0)]
     assert refine.moves_by_fifth(latents, refined) == [pytest.approx(pair, abs=1e-6) for pair in expected]
+
+
+def test_every_token_is_refined_as_it_is_alone_however_many_there_are(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    x, W, b = (torch.randn(*s, generator=g).double() for s in ((11, 6), (9, 6), (6,)))
+    latents = torch.relu((x - b) @ W.t())
+    alone = torch.cat([refine.refine(x[i:i + 1], latents[i:i + 1], W, b) for i in range(11)])
+    monkeypatch.setattr(refine, "ROWS", 5)
+    together = refine.refine(x, latents, W, b)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    assert together[-1].any()

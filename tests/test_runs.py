@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import saelib
-from saelib import auto, methods, native, origin, profiles, runs, sources, subjects, sweeps, train
+from saelib import auto, checkpoints, methods, native, origin, profiles, runs, sources, subjects, sweeps, train
 from saelib.loop import Loop
 from saelib.runs import RunConfig
 from saelib.sae import SAE, geometric_median
+from tests.test_formats import Spell
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
 
@@ -818,3 +819,46 @@ def test_a_method_in_a_file_is_known_by_what_stands_around_it(tmp_path, monkeypa
         found.append(origin.inputs(config(method="own")))
     sys.modules.pop("own_method")
     assert found[0] != found[1]
+
+
+def test_fit_follows_its_seed():
+    x = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    one, other, again = (saelib.fit(x, "topk", 2, n_latents=16, n_tokens=100, seed=seed, progress=False).sae.W_dec
+                         for seed in (0, 1, 1))
+    assert not torch.equal(one, other) and torch.equal(again, other)
+
+
+def test_the_bar_of_a_sweep_counts_the_tokens_of_its_runs_alone(tmp_path, monkeypatch):
+    bars = []
+
+    class Bar(sweeps.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    monkeypatch.setattr(sweeps, "tqdm", Bar)
+    make = lambda seed: RunConfig("synthetic", "topk", 4, 64, 1000, 300, seed=seed)
+    saelib.sweep([make(0)], tmp_path / "r.jsonl", progress=False)
+    saelib.sweep([make(0), make(1)], tmp_path / "r.jsonl", progress=True)
+    assert (bars[1].total, bars[1].n) == (1000, 1000)
+
+
+def test_a_source_is_opened_again_once_its_file_has_changed(tmp_path):
+    asked, found = RunConfig(str(tmp_path / "x.npy"), "topk", 2, 16, 20), []
+    for seed in range(2):
+        numpy.save(tmp_path / "x.npy", numpy.random.default_rng(seed).normal(size=(40 + seed, 8)))
+        found.append(runs.open_source(asked, "cpu").held_out)
+    assert not torch.equal(*found)
+
+
+def test_runs_that_differ_in_their_size_alone_keep_an_sae_each(tmp_path):
+    asked = [RunConfig("synthetic", "topk", 4, n_latents, 1000, 200) for n_latents in (16, 32)]
+    rows = saelib.sweep(asked, keep=tmp_path, progress=False)
+    assert [saelib.load(row["sae"]).n_latents for row in rows] == [16, 32]
+
+
+def test_reading_a_checkpoint_runs_no_code_of_its_file(tmp_path):
+    torch.save({"about": {}, "x": Spell(tmp_path / "cast")}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="checkpoint is .*c.pt.*: it must be a file that `train` wrote"):
+        checkpoints.resume(tmp_path / "c.pt", {}, torch.device("cpu"), lambda state: None)
+    assert not (tmp_path / "cast").exists()

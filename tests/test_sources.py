@@ -5,6 +5,7 @@ from safetensors.torch import save_file
 
 import saelib
 from saelib import sources, subjects
+from saelib.normalisation import UNIT_NORM, normalise
 
 X = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
 
@@ -236,4 +237,71 @@ def test_numbers_too_large_for_float32_are_named_with_their_row():
     x = torch.randn(20, 6).double()
     x[4, 1] = 1e300
     with pytest.raises(ValueError, match="first in row 4: activations must be finite in float32"):
+        sources.from_tensor(x)
+
+
+def test_halves_are_normalised_as_their_float32_is_though_their_norm_is_no_half():
+    x = 4000 * torch.randn(6, 768, generator=torch.Generator().manual_seed(0)).half()  # a norm is about 110,000
+    torch.testing.assert_close(normalise(x), normalise(x.float()), rtol=0, atol=1e-6)
+    near = 1 + torch.rand(6, 64, generator=torch.Generator().manual_seed(0)) / 64
+    torch.testing.assert_close(normalise(near.bfloat16()).norm(dim=1), torch.ones(6))
+
+
+def test_vectors_that_are_too_short_are_not_normalised_ones_and_zeros_are():
+    x = normalise(torch.randn(9, 4, generator=torch.Generator().manual_seed(0)))
+    for wrong in (0.5 * x, 2 * x):
+        with pytest.raises(ValueError, match="with a vector of norm"):
+            sources.Source("t", [x], wrong, UNIT_NORM)
+    x[3] = 0
+    sources.Source("t", [x], x, UNIT_NORM)
+
+
+def test_noise_has_the_standard_deviation_that_was_asked_for():
+    source = sources.synthetic(8000, d_model=32, n_features=1, l0=0.9, noise=0.01)
+    along = source.shards[0] @ source.truth[0]
+    on = along > 0.9  # x = c f + noise, of which 30 dimensions are neither f's nor the mean's
+    off = (1 - along[on].square()) / along[on].square()
+    assert off.mean().item() == pytest.approx(30 * 0.01**2 * 4 / 3, rel=0.05)  # E[1 / c^2] of U(0.5, 1.5) is 4 / 3
+
+
+def test_each_seed_has_a_dictionary_of_its_own():
+    first, second = (sources.synthetic(10, seed=seed).truth for seed in (0, 1))
+    assert (first @ second.t()).abs().max() < 0.7
+
+
+def test_held_out_activations_are_a_tenth_as_many_and_have_a_gradient_no_more():
+    source = sources.Source("t", [torch.randn(9, 4, requires_grad=True)], torch.randn(3, 4, requires_grad=True))
+    assert not source.held_out.requires_grad and not source.shards[0].requires_grad and not source.mean.requires_grad
+
+
+def test_the_mean_of_many_halves_far_from_zero_is_theirs():
+    x = (1000 + torch.randn(200_000, 1, generator=torch.Generator().manual_seed(0))).half()
+    assert sources.Source("t", [x], torch.zeros(1, 1)).mean.item() == pytest.approx(x.double().mean().item(), rel=1e-6)
+
+
+def test_arrays_of_numpys_own_type_are_activations_and_longer_floats_are_named():
+    x = numpy.random.default_rng(0).normal(size=(40, 4))
+    assert x.dtype == numpy.float64
+    torch.testing.assert_close(sources.from_tensor(x).held_out.double(), torch.from_numpy(x[36:]))
+    with pytest.raises(ValueError, match="source is 'an array of (longdouble|float128)': it must be one of numbers"):
+        sources.from_tensor(x.astype(numpy.longdouble))
+
+
+def test_activations_that_differ_late_or_in_number_have_another_identity():
+    x = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
+    late = torch.cat([x[:2000], -x[2000:]])
+    same, other, fewer = (sources.Source("t", [rows], x[:9] + 1).identity() for rows in (x, late, x[:3000]))
+    assert same == sources.Source("t", [*x.split(700)], x[:9] + 1).identity() and len({same, other, fewer}) == 3
+
+
+def test_a_small_deviation_is_no_rounding():
+    x = 1 + 1e-4 * torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(normalise(x).norm(dim=1), torch.ones(5))
+
+
+def test_the_row_that_is_not_finite_is_counted_from_the_first(monkeypatch):
+    monkeypatch.setattr(sources, "PIECE_ROWS", 3)
+    x = torch.randn(10, 4)
+    x[7, 2] = torch.nan
+    with pytest.raises(ValueError, match="first in row 7"):
         sources.from_tensor(x)

@@ -1,6 +1,9 @@
 """The one path that serves all transformers, on small models that are made here."""
 import json
 import shutil
+import sys
+from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -334,3 +337,28 @@ def test_a_tokenizer_that_makes_nothing_of_the_letter_it_is_asked_about_is_refus
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     with pytest.raises(ValueError, match="it must be a model whose tokenizer is there and makes tokens of text"):
         subjects.wrapping(fast)
+
+
+def test_a_hub_text_is_cut_into_two_parts_by_the_number_of_a_document(monkeypatch):
+    monkeypatch.setattr(texts, "find_spec", lambda name: True)
+    rows = [{"text": f"t{i}"} for i in range(2000)]
+    hub = SimpleNamespace(load_dataset=lambda name, split, streaming: iter(rows))
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    train, held_out = (list(texts.hub_text("owner/set", split)) for split in ("train", "test"))
+    assert sorted(train + held_out) == sorted(row["text"] for row in rows)
+    assert 0.05 < len(held_out) / 2000 < 0.15
+
+
+def test_the_english_of_the_library_has_its_help_topics_nine_in_ten_to_train_on(monkeypatch):
+    monkeypatch.setattr(texts, "stdlib_files", lambda split: [])
+    train, held_out = (list(texts.english_text(split)) for split in ("train", "test"))
+    assert sorted(train + held_out) == sorted(topics.values()) and 0.02 < len(held_out) / len(topics) < 0.2
+
+
+def test_files_are_taken_by_name_not_as_the_disk_has_them_and_below_a_hidden_folder_too(tmp_path):
+    folder = tmp_path / ".local" / "corpus"
+    folder.mkdir(parents=True)
+    for i in torch.randperm(40).tolist():
+        (folder / f"{i:02d}.txt").write_text("x")
+    assert [path.name for path in texts.files_of(folder)] == [f"{i:02d}.txt" for i in range(40)]
+    assert texts.stdlib_files("train") == sorted(texts.stdlib_files("train"), key=lambda path: path.as_posix())
