@@ -71,8 +71,7 @@ def versus(series: dict[str, Points], xlabel: str, ylabel: str, *, looks: dict[s
         series: label -> [(x, [y of each seed])].
         xlabel, ylabel: with their units.
         looks: label -> (colour, marker); shades in order if None.
-        title: of the panel.
-        logx, logy: logarithmic axes.
+        title, logx, logy: of the panel, and which of its axes are logarithmic.
         note: seeds, tokens and device, under the axes.
         rule: a y to draw a grey line at.
         axes: draw there instead of on a new picture.
@@ -138,16 +137,17 @@ def frontier(rows: Sequence[dict], *, panel: str = "subject", y: str = "normaliz
     """Reconstruction against sparsity: one panel for each subject (or other field of the config), one line a method.
 
     Args:
-        rows: from `saelib.sweep`.
+        rows: from `saelib.sweep`. Those without an active latent have no place here: the note counts them.
         panel: the field of the config that panels differ in.
-        y: the metric of the vertical axis.
-        ylabel, logy: its label, and whether it is logarithmic.
+        y, ylabel, logy: the metric of the vertical axis, its label, and whether it is logarithmic.
 
     Raises:
         ValueError: no rows, or rows that do not belong together; a panel or metric that they lack, or that has no log.
     """
     from saelib.frontiers import check_comparable, check_drawable
     from saelib.methods import METHODS, find
+    silent = [row for row in rows if row["metrics"].get("l0") == 0]
+    rows = [row for row in rows if row not in silent]
     check_drawable(rows, panel, y, logy)
     panels = group(rows, lambda row: row["config"][panel])
     picture, axes = canvas(len(panels), sharey=False)
@@ -159,7 +159,8 @@ def frontier(rows: Sequence[dict], *, panel: str = "subject", y: str = "normaliz
         looks = {METHODS[m].label: look_of(m, [row["config"]["method"] for row in rows]) for m in by_method}
         versus(series, "active latents per token, L0", ylabel if ax is axes[0] else "", looks=looks,
                title=str(name) if panel == "subject" else f"{panel} {name}", logy=logy, axes=ax)
-    picture.supxlabel(note_of(rows), fontsize=7, color="#555555")
+    left_out = f"; left out: {len(silent)} without an active latent" if silent else ""
+    picture.supxlabel(note_of(rows) + left_out, fontsize=7, color="#555555")
     if y == "normalized_mse":
         picture.rows = [plain_row(row) for row in rows]
     return picture
@@ -218,8 +219,7 @@ def histograms(columns: dict[str, dict[str, Sequence[float]]], xlabel: str, *, n
 
     Args:
         columns: case -> moment -> values.
-        xlabel: with its units.
-        note: what the figure was made from.
+        xlabel, note: with its units; what the figure was made from.
 
     Returns:
         The picture; its numbers are the share of values at or below 0 and the mean of the others, in every panel.

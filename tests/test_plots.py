@@ -138,7 +138,7 @@ def test_a_method_without_a_colour_of_its_own_has_the_same_in_every_panel():
     ([row()], {"y": "mse"}, "y is 'mse': it must be one of l0, normalized_mse, dead_fraction"),
     ([row()], {"y": "dead_fraction"},
      "rows is 'with dead_fraction 0 (topk, 4, seed 0)': it must be finite and above 0 in it, or logy=False"),
-    ([row(), row(l0=0.0)], {}, "rows is 'with l0 0 (topk, 4, seed 0)': it must be finite and above 0 in it"),
+    ([row(), row(l0=math.nan)], {}, "rows is 'with l0 nan (topk, 4, seed 0)': it must be finite and above 0 in it"),
     ([row(normalized_mse=math.nan)], {"logy": False},
      "rows is 'with normalized_mse nan (topk, 4, seed 0)': it must be finite"),
     ([row(method="mine")], {}, "method is 'mine': it must be one of"),
@@ -146,6 +146,11 @@ def test_a_method_without_a_colour_of_its_own_has_the_same_in_every_panel():
 def test_what_no_frontier_can_be_drawn_of_is_named(rows, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         plots.frontier(rows, **options)
+
+
+def test_a_run_without_an_active_latent_is_left_out_and_counted():
+    picture = plots.frontier([row(), row(method="relu", l0=0.0)])
+    assert len(picture.numbers) == 1 and "left out: 1 without an active latent" in picture.get_supxlabel()
 
 
 def test_a_histogram_counts_what_is_at_or_below_zero():
