@@ -157,8 +157,7 @@ def test_memory_is_measured_in_a_process_of_its_own(small, monkeypatch):
     weights = 2 * 8192 * 64 + 8192 + 64
     row = next(iter(bench.memory([Setting(64, 8192, 4, 64)])))
     assert row["needed_bytes"] == 4 * (4 * weights + 256 * 8192 + 64 * 64)
-    # weights, gradients and moments are there at the end; a few pages of them were there before
-    assert row["peak_bytes"] > 0.95 * 4 * 4 * weights
+    assert row["peak_bytes"] > 4 * 4 * weights  # weights, gradients and moments are there at the end
 
 
 def test_seconds_to_a_target_come_with_the_error_after_equal_tokens(small, monkeypatch):
