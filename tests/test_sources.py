@@ -269,7 +269,7 @@ def test_each_seed_has_a_dictionary_of_its_own():
     assert (first @ second.t()).abs().max() < 0.7
 
 
-def test_held_out_activations_are_a_tenth_as_many_and_have_a_gradient_no_more():
+def test_the_activations_of_a_source_have_no_gradient():
     source = sources.Source("t", [torch.randn(9, 4, requires_grad=True)], torch.randn(3, 4, requires_grad=True))
     assert not source.held_out.requires_grad and not source.shards[0].requires_grad and not source.mean.requires_grad
 
