@@ -6,6 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
+from saelib.methods import METHODS
+
 LOOK = {"relu": ("#000000", "o"), "topk": ("#0072B2", "s"), "batchtopk": ("#009E73", "^")}
 SHADES = ("#332288", "#D55E00", "#7A6A00", "#882255", "#B8468F", "#7a7a7a")  # of what is no method
 PAPER_GREY = "#8a8a8a"
@@ -24,6 +26,11 @@ def look_of(method: str, methods: Sequence[str]) -> tuple[str, str]:
     """Colour and marker of a method: its own, or else a shade, by its place in `methods` among those without one."""
     others = [key for key in dict.fromkeys(methods) if key not in LOOK]
     return LOOK[method] if method in LOOK else shade(others.index(method))
+
+
+def look_named(label: str, i: int) -> tuple[str, str]:
+    """Colour and marker of a line's label: those of the method of that name, or else shade number i."""
+    return {METHODS[key].label: look for key, look in LOOK.items()}.get(label, shade(i))
 
 
 class Decades(LogLocator):

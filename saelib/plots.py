@@ -11,7 +11,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from saelib.checks import require
-from saelib.marks import LOOK, PAPER_GREY, SHADES, Points, band, look_of, name_ends, plain_log, shade
+from saelib.marks import LOOK, PAPER_GREY, SHADES, Points, band, look_named, look_of, name_ends, plain_log
 from saelib.origin import hardware
 from saelib.subjects import pick_device
 
@@ -70,7 +70,7 @@ def versus(series: dict[str, Points], xlabel: str, ylabel: str, *, looks: dict[s
     Args:
         series: label -> [(x, [y of each seed])].
         xlabel, ylabel: with their units.
-        looks: label -> (colour, marker); shades in order if None.
+        looks: label -> (colour, marker); of other labels a method's own, or else shades in order.
         title, logx, logy: of the panel, and which of its axes are logarithmic.
         note: seeds, tokens and device, under the axes.
         rule: a y to draw a grey line at.
@@ -86,7 +86,7 @@ def versus(series: dict[str, Points], xlabel: str, ylabel: str, *, looks: dict[s
         axes.axhline(rule, color=PAPER_GREY, linewidth=0.8)
     ends = {}
     for i, (label, points) in enumerate(series.items()):
-        color, marker = (looks or {}).get(label, shade(i))
+        color, marker = (looks or {}).get(label, look_named(label, i))
         ends[label] = *band(axes, points, label, color, marker, log=logy), color
         picture.numbers += [f"{title + ': ' if title else ''}{label}, x {x:.4g}: " + " ".join(f"{y:.4g}" for y in ys)
                             for x, ys in sorted(points)]
@@ -184,7 +184,7 @@ def curves(panels: dict[str, dict[str, Line]], xlabel: str, ylabels: Sequence[st
     Args:
         panels: title -> label -> (xs, ys). A label has one colour in all panels.
         xlabel, ylabels: with their units; one ylabel for each panel.
-        looks: label -> (colour, marker); shades in order if None.
+        looks: label -> (colour, marker); of other labels a method's own, or else shades in order.
         dashed: labels of the lines that are dashed.
         dots: title -> label -> (xs, ys) of markers in the colour of the line with that label: what was measured.
         note: what the figure was made from, under the axes.
@@ -195,7 +195,7 @@ def curves(panels: dict[str, dict[str, Line]], xlabel: str, ylabels: Sequence[st
     picture, all_axes = canvas(len(panels), sharey=False)
     picture.set_layout_engine("constrained")
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
-    color = {label: (looks or {}).get(label, (SHADES[i % len(SHADES)], ""))[0] for i, label in enumerate(labels)}
+    color = {label: (looks or {}).get(label, look_named(label, i))[0] for i, label in enumerate(labels)}
     for axes, ylabel, (title, lines) in zip(all_axes, ylabels, panels.items()):
         for label, (xs, ys) in lines.items():
             axes.plot(xs, ys, color=color[label], linestyle="--" if label in dashed else "-",
