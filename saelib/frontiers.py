@@ -10,7 +10,7 @@ from scipy import stats
 from saelib.checks import require
 from saelib.methods import METHODS, find
 from saelib.runs import RunConfig
-from saelib.sweeps import sweep
+from saelib.sweeps import read_rows, sweep
 
 CONFIDENCE = 0.95
 # what tools/lengths.py keeps, in the package, so that an installed one can draw it
@@ -34,20 +34,28 @@ def at_l0(points: Sequence[tuple[float, float]], l0: float) -> float:
     return float(np.exp(np.interp(math.log(l0), xs, ys)))
 
 
-def error_at(rows: Sequence[dict], l0: float) -> float:
-    """Normalized MSE at a wanted L0, of runs that differ in their knob alone: of the run with that k, or between two.
+def metric_at(rows: Sequence[dict], method: str, l0: float, metric: str = "normalized_mse") -> dict[int, float]:
+    """A metric of one method at a wanted L0, seed by seed: of the run with that k, or between two runs (see `at_l0`).
 
     Args:
-        rows: runs of one method and one seed.
+        rows: runs that differ in method, knob and seed.
+        method: key of the method.
         l0: where to read.
+        metric: which of the rows' metrics.
 
     Returns:
-        The value there; NaN where `at_l0` has none.
+        Seed -> value; NaN where `at_l0` has none.
     """
+    by_seed: dict[int, list[dict]] = {}
     for row in rows:
-        if METHODS[row["config"]["method"]].knob == "k" and row["config"]["sparsity"] == l0:
-            return row["metrics"]["normalized_mse"]
-    return at_l0([(row["metrics"]["l0"], row["metrics"]["normalized_mse"]) for row in rows], l0)
+        if row["config"]["method"] == method:
+            by_seed.setdefault(row["config"]["seed"], []).append(row)
+    table = {}
+    for seed, members in by_seed.items():
+        exact = [row for row in members if METHODS[method].knob == "k" and row["config"]["sparsity"] == l0]
+        points = [(row["metrics"]["l0"], row["metrics"][metric]) for row in members]
+        table[seed] = exact[0]["metrics"][metric] if exact else at_l0(points, l0)
+    return table
 
 
 def at_best_rates(rows: Sequence[dict], l0: float) -> list[dict]:
@@ -58,15 +66,28 @@ def at_best_rates(rows: Sequence[dict], l0: float) -> list[dict]:
         rows: runs that differ in method, learning rate, knob and seed. The rate is chosen by the first seed alone.
         l0: where to compare.
     """
-    best = {}
+    first, best = min(row["config"]["seed"] for row in rows), {}
     for method in {row["config"]["method"] for row in rows}:
-        by_rate: dict[float, list[dict]] = {}
-        for row in rows:
-            if row["config"]["method"] == method and row["config"]["seed"] == min(r["config"]["seed"] for r in rows):
-                by_rate.setdefault(row["config"]["lr"], []).append(row)
-        errors = {lr: error for lr, members in by_rate.items() if not math.isnan(error := error_at(members, l0))}
-        best[method] = min(errors, key=errors.get, default=None)
-    return [row for row in rows if row["config"]["lr"] == best[row["config"]["method"]]]
+        errors = {}
+        for lr in {row["config"]["lr"] for row in rows}:
+            error = metric_at([row for row in rows if row["config"]["lr"] == lr], method, l0).get(first, math.nan)
+            if not math.isnan(error):
+                errors[lr] = error
+        if errors:
+            best[method] = min(errors, key=errors.get)
+    return [row for row in rows if (method := row["config"]["method"]) in best and row["config"]["lr"] == best[method]]
+
+
+def by_length(subject: str, l0: float) -> dict[int, list[dict]]:
+    """The longer and longer runs that come with saelib: training tokens -> rows, each method's at its best rate there.
+
+    Args:
+        subject: one that `tools/lengths.py` trained on.
+        l0: where rates are compared (see `at_best_rates`).
+    """
+    rows = [row for row in read_rows(LENGTHS) if row["config"]["subject"] == subject]
+    return {n: at_best_rates([row for row in rows if row["config"]["n_tokens"] == n], l0)
+            for n in sorted({row["config"]["n_tokens"] for row in rows})}
 
 
 def check_comparable(rows: Sequence[dict]) -> None:

@@ -27,11 +27,14 @@ def test_ratios_read_the_other_frontier_at_each_runs_own_l0_and_seed():
     assert found[20] == {0: pytest.approx(2), 1: pytest.approx(4)} and found[100] == {}
 
 
-def test_the_error_at_an_l0_is_that_of_the_run_with_that_k_or_read_between():
+def test_a_metric_at_an_l0_is_that_of_the_run_with_that_k_or_read_between():
     # where a token has fewer, L0 is below k
-    assert frontiers.error_at([row("topk", 16, 0, 16, 0.5), row("topk", 32, 0, 31.9, 0.4)], 32) == 0.4
-    assert frontiers.error_at([row("relu", 0.1, 0, 16, 0.4), row("relu", 0.2, 0, 64, 0.1)], 32) == pytest.approx(0.2)
-    assert math.isnan(frontiers.error_at([row("relu", 0.1, 0, 16, 0.4)], 32))
+    assert frontiers.metric_at([row("topk", 16, 0, 16, 0.5), row("topk", 32, 0, 31.9, 0.4)], "topk", 32) == {0: 0.4}
+    relu = [row("relu", 0.1, 0, 16, 0.4), row("relu", 0.2, 0, 64, 0.1), row("relu", 0.1, 3, 32, 0.3)]
+    relu += [row("topk", 32, 4, 32, 0.2)]
+    assert frontiers.metric_at(relu, "relu", 32) == pytest.approx({0: 0.2, 3: 0.3})
+    assert frontiers.metric_at(relu, "relu", 32, "l0") == pytest.approx({0: 32, 3: 32})
+    assert math.isnan(frontiers.metric_at([row("relu", 0.1, 0, 16, 0.4)], "relu", 32)[0])
 
 
 def test_the_best_rate_is_chosen_by_the_first_seed_among_those_that_reach_the_l0():
@@ -88,3 +91,18 @@ def test_only_runs_that_are_alike_share_a_frontier(change, rule):
 def test_a_method_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="method is 'TopK': it must be one of"):
         frontiers.ratios([], "relu", "TopK")
+
+
+def test_a_method_without_a_rate_that_reaches_the_l0_has_no_best_rows():
+    rows = [row("topk", 32, 0, 32, 0.2, None), row("relu", 0.1, 0, 40, 0.3, None)]
+    assert frontiers.at_best_rates(rows, 32) == rows[:1]
+
+
+@pytest.mark.parametrize("subject, l0", [("pygpt", 32), ("synthetic", 8)])
+def test_the_longer_runs_have_each_method_at_one_rate_and_three_seeds(subject, l0):
+    found = frontiers.by_length(subject, l0)
+    assert list(found) == [100_000, 300_000, 1_000_000, 3_000_000]
+    for rows in found.values():
+        for method in ("topk", "relu"):
+            assert frontiers.metric_at(rows, method, l0).keys() == {0, 1, 2}
+            assert len({r["config"]["lr"] for r in rows if r["config"]["method"] == method}) == 1

@@ -59,7 +59,7 @@ def test_a_chapter_that_shows_committed_rows_is_of_those(monkeypatch, tmp_path):
     shutil.copytree(run.ROOT / "saelib", tmp_path / "saelib")
     monkeypatch.setattr(run, "ROOT", tmp_path)
     *show, other = (new_notebook(cells=[new_code_cell(source)])
-                    for source in ("speed_rows.committed('steps')", "sweeps.read_rows(frontiers.LENGTHS)", "1 + 1"))
+                    for source in ("speed_rows.committed('steps')", "frontiers.by_length('pygpt', 32)", "1 + 1"))
     before = [run.code_hash(notebook) for notebook in (*show, other)]
     with open(tmp_path / "saelib" / "rows" / "speed.jsonl", "a") as rows:
         rows.write("{}\n")

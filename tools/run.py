@@ -61,7 +61,7 @@ def code_hash(notebook):
     for module in sorted(ROOT.glob("saelib/*.py")):
         if module.stem not in ("marks", "plots", "speed_plots", *origin.DECIDING):
             digest.update(module.read_bytes())
-    if any(name in source for source in code for name in ("speed_rows", "LENGTHS")):
+    if any(name in source for source in code for name in ("speed_rows", "by_length")):
         for rows in sorted(ROOT.glob("saelib/rows/*.jsonl")):
             digest.update(rows.read_bytes())
     for source in code:

@@ -27,7 +27,8 @@ def score(subject, method, lr):
     n_latents, n_tokens, l0, coefs = SUBJECTS[subject]
     sparsities = (l0,) if METHODS[method].knob == "k" else coefs
     rows = sweep([RunConfig(subject, method, k, n_latents, n_tokens, lr=lr) for k in sparsities], STORE, progress=False)
-    return frontiers.error_at(rows, l0), [(r["metrics"]["l0"], r["metrics"]["normalized_mse"]) for r in rows]
+    points = [(row["metrics"]["l0"], row["metrics"]["normalized_mse"]) for row in rows]
+    return frontiers.metric_at(rows, method, l0)[0], points
 
 
 def main():
