@@ -3,10 +3,11 @@
 How many latents are active is not known before they are computed, and changes in training: half of them at the start,
 few at the end. While many are, four more matrix products follow. Once few are, the active ones are multiplied one by
 one (see `saelib.pairs`), which computes the same and costs less. Where it is asked for, `saelib.native` serves the
-shares between, unless the CPU multiplies faster than it can skip. The plain twin of all is `SAE.forward` with
+shares between, unless the CPU multiplies faster than it can skip. The plain twin of all is `SAE.run` with
 `path="dense"`, which leaves the gradients to autograd.
 """
 import math
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -44,14 +45,6 @@ def few_active(latents: Float[Tensor, "batch n_latents"], few: float = FEW) -> b
     return not latents.is_cuda and few * int((sample > 0).sum()) < sample.numel()
 
 
-def way(latents: Float[Tensor, "batch n_latents"], compiled: bool) -> type[torch.autograd.Function]:
-    """The cheapest of the three below, by the share of active latents and by how fast this CPU multiplies."""
-    tiles = latents.dtype == torch.bfloat16 and not latents.is_cuda and cpu_has("amx_bf16")
-    if few_active(latents, FEW_ON_TILES if tiles else FEW_COMPILED if compiled else FEW):
-        return _Few
-    return _Compiled if compiled and not tiles else _Many
-
-
 def nonzero(latents: Float[Tensor, "batch n_latents"]) -> tuple[Tensor, Tensor]:
     """Tokens and latents of the positive entries, token by token: `torch.nonzero`, on fewer numbers.
 
@@ -75,74 +68,100 @@ def masked_product(latents: Tensor, tokens: Tensor, rows: Tensor, start: Tensor,
     return torch.ops.aten.threshold_backward.grad_input(out, latents, 0, grad_input=out)
 
 
-class _Many(torch.autograd.Function):
-    """Decoding by a matrix product, and three or four more for the gradients, all in the type of the latents."""
+class Many:
+    """What follows the latents: a matrix product decodes them, and three or four more make the gradients, all in the
+    type of the latents."""
 
-    @staticmethod
-    def forward(ctx, x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch, kind):
-        decoder = W_dec.to(latents.dtype)
-        ctx.save_for_backward(centred.to(latents.dtype), W_enc, encoder, decoder, latents)
-        ctx.scratch = scratch
-        return (latents @ decoder).to(x.dtype).add_(b_pre), latents.detach()
+    def __init__(self, centred: Tensor, W_enc: Tensor, W_dec: Tensor, latents: Tensor, scratch: Scratch):
+        self.centred, self.W_enc, self.W_dec, self.latents, self.scratch = centred, W_enc, W_dec, latents, scratch
 
-    @staticmethod
-    def backward(ctx, grad_x_hat, grad_latents):
-        first_derivative_only("a sparse path, unlike path='dense',")
-        centred, W_enc, encoder, decoder, latents = ctx.saved_tensors
-        cast_grad = grad_x_hat.to(latents.dtype)
-        grad = masked_product(latents, cast_grad, decoder, grad_latents, ctx.scratch)
-        grad_b_enc = grad.sum(0).to(W_enc.dtype)
-        grad_W_enc, grad_W_dec = (grad.t() @ centred).to(W_enc.dtype), (latents.t() @ cast_grad).to(W_enc.dtype)
-        grad_x = (grad @ encoder).to(W_enc.dtype) if ctx.needs_input_grad[0] else None
-        grad_b_pre = grad_x_hat.sum(0) - grad_b_enc @ W_enc
-        return grad_x, grad_b_pre, grad_W_enc, grad_b_enc, grad_W_dec, None, None, None, None, None
+    @cached_property
+    def decoder(self) -> Tensor:
+        """W_dec in the type of the latents."""
+        return self.W_dec.to(self.latents.dtype)
 
+    def decode(self) -> Tensor:
+        """W_dec^T z."""
+        return self.latents @ self.decoder
 
-class _Few(torch.autograd.Function):
-    """The same over the active latents alone, in the type of the weights."""
+    def gradients(self, grad_x_hat: Tensor, grad_latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the pre-activations, of W_enc, b_enc and W_dec."""
+        grad_x_hat, centred = grad_x_hat.to(self.latents.dtype), self.centred.to(self.latents.dtype)
+        grad = masked_product(self.latents, grad_x_hat, self.decoder, grad_latents, self.scratch)
+        return grad, grad.t() @ centred, grad.sum(0), self.latents.t() @ grad_x_hat
 
-    @staticmethod
-    def forward(ctx, x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch, kind):
-        ctx.places = tokens, indices = nonzero(latents)
-        starts = torch.zeros(len(x) + 1, dtype=torch.int32, device=x.device)
-        torch.cumsum(torch.bincount(tokens, minlength=len(x)), 0, out=starts[1:])
-        ctx.active, values = kind(indices.int(), len(W_enc), starts), latents[ctx.places].to(x.dtype)
-        ctx.save_for_backward(centred, W_enc, W_dec, values)
-        return ctx.active.decode(values, W_dec).add_(b_pre), latents.detach()
-
-    @staticmethod
-    def backward(ctx, grad_x_hat, grad_latents):
-        first_derivative_only("a sparse path, unlike path='dense',")
-        (centred, W_enc, W_dec, values), active = ctx.saved_tensors, ctx.active
-        grad, *weights = active.backward(grad_x_hat.contiguous(), W_dec, grad_latents[ctx.places], centred, values)
-        grad_W_enc, grad_b_enc, grad_W_dec = weights
-        grad_x = active.decode(grad, W_enc) if ctx.needs_input_grad[0] else None
-        grad_b_pre = grad_x_hat.sum(0) - grad_b_enc @ W_enc
-        return grad_x, grad_b_pre, grad_W_enc, grad_b_enc, grad_W_dec, None, None, None, None, None
+    def of_x(self, grad: Tensor) -> Tensor:
+        """The gradient of x, from that of the pre-activations."""
+        return grad @ self.W_enc.to(grad.dtype)
 
 
-class _Compiled(torch.autograd.Function):
+class Compiled(Many):
     """The same by compiled products that pass over what is zero, however many that are. While many latents are active
     their gradient is cheaper by a product of matrices."""
 
+    def decode(self) -> Tensor:
+        return native.decode(self.latents, self.W_dec)
+
+    def gradients(self, grad_x_hat: Tensor, grad_latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        product = native.masked_product if few_active(self.latents, FEW_WANTED) else masked_product
+        grad = product(self.latents, grad_x_hat.to(self.latents.dtype), self.decoder, grad_latents, self.scratch)
+        return grad, native.sum_tokens(grad, self.centred), grad.sum(0), native.sum_tokens(self.latents, grad_x_hat)
+
+    def of_x(self, grad: Tensor) -> Tensor:
+        return native.decode(grad, self.W_enc)
+
+
+class Few(Many):
+    """The same over the active latents alone, in the type of the weights."""
+    kind = pairs.Active
+
+    def __init__(self, centred: Tensor, W_enc: Tensor, W_dec: Tensor, latents: Tensor, scratch: Scratch):
+        super().__init__(centred, W_enc, W_dec, latents, scratch)
+        self.places = tokens, indices = nonzero(latents)
+        starts = torch.zeros(len(latents) + 1, dtype=torch.int32, device=latents.device)
+        torch.cumsum(torch.bincount(tokens, minlength=len(latents)), 0, out=starts[1:])
+        self.active, self.values = self.kind(indices.int(), len(W_enc), starts), latents[self.places].to(W_enc.dtype)
+
+    def decode(self) -> Tensor:
+        return self.active.decode(self.values, self.W_dec)
+
+    def gradients(self, grad_x_hat: Tensor, grad_latents: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.active.backward(grad_x_hat, self.W_dec, grad_latents[self.places], self.centred, self.values)
+
+    def of_x(self, grad: Tensor) -> Tensor:
+        return self.active.decode(grad, self.W_enc)
+
+
+class FewCompiled(Few):
+    """The same by compiled sums over the pairs."""
+    kind = native.Active
+
+
+def way(latents: Float[Tensor, "batch n_latents"], compiled: bool) -> type[Many]:
+    """The cheapest of these, by the share of active latents and by how fast this CPU multiplies."""
+    tiles = latents.dtype == torch.bfloat16 and not latents.is_cuda and cpu_has("amx_bf16")
+    if few_active(latents, FEW_ON_TILES if tiles else FEW_COMPILED if compiled else FEW):
+        return FewCompiled if compiled else Few
+    return Compiled if compiled and not tiles else Many
+
+
+class _ReLU(torch.autograd.Function):
+    """x_hat and z, with the gradients of a way."""
+
     @staticmethod
-    def forward(ctx, x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch, kind):
-        ctx.save_for_backward(centred, W_enc, W_dec, latents)
-        ctx.scratch = scratch
-        return native.decode(latents, W_dec).add_(b_pre), latents.detach()
+    def forward(ctx, x, b_pre, W_enc, b_enc, W_dec, chosen):
+        ctx.way = chosen
+        ctx.save_for_backward(W_enc, W_dec, chosen.latents)  # torch notices if one of them is overwritten
+        return chosen.decode().to(x.dtype).add_(b_pre), chosen.latents.detach()
 
     @staticmethod
     def backward(ctx, grad_x_hat, grad_latents):
         first_derivative_only("a sparse path, unlike path='dense',")
-        centred, W_enc, W_dec, latents = ctx.saved_tensors
-        grad_x_hat = grad_x_hat.contiguous()
-        product = native.masked_product if few_active(latents, FEW_WANTED) else masked_product
-        grad = product(latents, grad_x_hat.to(latents.dtype), W_dec.to(latents.dtype), grad_latents, ctx.scratch)
-        grad_b_enc = grad.sum(0).to(W_enc.dtype)
-        grad_x = native.decode(grad, W_enc) if ctx.needs_input_grad[0] else None
-        grad_b_pre, grad_W_enc = grad_x_hat.sum(0) - grad_b_enc @ W_enc, native.sum_tokens(grad, centred)
-        grad_W_dec = native.sum_tokens(latents, grad_x_hat)
-        return grad_x, grad_b_pre, grad_W_enc, grad_b_enc, grad_W_dec, None, None, None, None, None
+        W_enc, *_ = ctx.saved_tensors
+        grad, *weights = ctx.way.gradients(grad_x_hat.contiguous(), grad_latents)
+        grad_W_enc, grad_b_enc, grad_W_dec = (weight.to(W_enc.dtype) for weight in weights)
+        grad_x = ctx.way.of_x(grad).to(W_enc.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_x_hat.sum(0) - grad_b_enc @ W_enc, grad_W_enc, grad_b_enc, grad_W_dec, None
 
 
 def relu(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[Tensor, "n_latents d"],
@@ -172,5 +191,5 @@ def relu(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[T
         centred, encoder = x - b_pre, W_enc.to(dtype)
         latents = scratch.take("latents", (len(x), len(W_enc)), dtype, x.device)
         latents = linear(centred.to(dtype), encoder, b_enc.to(dtype), latents, rectify=True)
-    kind = native.Active if compiled else pairs.Active
-    return way(latents, compiled).apply(x, b_pre, W_enc, b_enc, W_dec, centred, encoder, latents, scratch, kind)
+        chosen = way(latents, compiled)(centred, W_enc, W_dec, latents, scratch)
+    return _ReLU.apply(x, b_pre, W_enc, b_enc, W_dec, chosen)

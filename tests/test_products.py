@@ -27,12 +27,12 @@ def test_the_product_is_the_one_of_three_steps(monkeypatch, dtype, tolerance, re
 
 
 @pytest.mark.parametrize("dtype, tiles, compiled, one_in, way", [
-    (torch.float32, False, False, 20, relu_path._Many), (torch.float32, False, False, 30, relu_path._Few),
-    (torch.float32, False, True, 30, relu_path._Compiled),
-    (torch.float32, False, True, 100, relu_path._Few), (torch.float32, True, True, 30, relu_path._Compiled),
-    (torch.bfloat16, False, True, 30, relu_path._Compiled),
-    (torch.bfloat16, True, True, 30, relu_path._Many), (torch.bfloat16, True, False, 30, relu_path._Many),
-    (torch.bfloat16, True, True, 70, relu_path._Few)])
+    (torch.float32, False, False, 20, relu_path.Many), (torch.float32, False, False, 30, relu_path.Few),
+    (torch.float32, False, True, 30, relu_path.Compiled),
+    (torch.float32, False, True, 100, relu_path.FewCompiled), (torch.float32, True, True, 30, relu_path.Compiled),
+    (torch.bfloat16, False, True, 30, relu_path.Compiled),
+    (torch.bfloat16, True, True, 30, relu_path.Many), (torch.bfloat16, True, False, 30, relu_path.Many),
+    (torch.bfloat16, True, True, 70, relu_path.FewCompiled)])
 def test_the_way_of_a_relu_step_follows_from_the_share_and_the_cpu(monkeypatch, dtype, tiles, compiled, one_in, way):
     monkeypatch.setattr(relu_path, "cpu_has", lambda feature: tiles)
     latents = torch.zeros(64, one_in, dtype=dtype)
