@@ -1,7 +1,9 @@
 """Files that are there whole or not at all, and files that are not what they should be."""
+import glob
 import json
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from pickle import UnpicklingError
 from tempfile import TemporaryFile
@@ -16,23 +18,42 @@ DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, UnpicklingE
           TypeError, AttributeError, RuntimeError)
 
 
-def write_whole(files: dict[Path, Callable[[Path], object]]) -> None:
+Writer = Callable[[Path], object]  # writes the file at a path
+PATIENCE = 0.1  # seconds
+ABANDONED = 3600  # seconds after which a partial file is what a killed process left
+
+
+def partials_of(path: Path) -> list[Path]:
+    """What processes at work, or killed ones, have written of a file."""
+    return list(path.parent.glob(f"{glob.escape(path.name)}.*.partial"))
+
+
+def strangers(files: dict[Path, Writer]) -> list[Path]:
+    """Those of a set of files that are there without the others, and not because of a write that did not end."""
+    *_, last = files
+    at_work, there = partials_of(last), [path for path in files if path.exists()]
+    return there if 0 < len(there) < len(files) and not at_work and not partials_of(last) else []
+
+
+def write_whole(files: dict[Path, Writer]) -> None:
     """Let each function write its file beside its place, and move them there once all are whole. What was there before
     stays until then.
 
     The last file describes the others. It is deleted before any is replaced, and put in place after all: so a kill in
     between leaves a set without its description, and never one that looks whole. The next call knows of it by the
-    partial file that is left over, and writes them all again.
+    partial file that is left over, and writes them all again. It removes such files once they are old.
 
     Raises:
         ValueError: some of them are there and some are not: those belong to something else. Or their folder can't be
             written.
     """
-    there, last = [path for path in files if path.exists()], list(files)[-1]
-    if there and not any(last.parent.glob(f"{last.name}.*.partial")):
-        require(len(there) == len(files), "folder", str(there[0].parent),
-                f"another one: {there[0].name} lies there, and no "
-                f"{' and '.join(p.name for p in files if p not in there)} with it")
+    *_, last = files
+    if strangers(files):
+        time.sleep(PATIENCE)  # another process may be between two of its moves
+        there = strangers(files)
+        require(not there, "folder", str(last.parent), f"another one: {' and '.join(p.name for p in there)} lies there,"
+                f" and no {' and '.join(p.name for p in files if p not in there)} with it")
+    left_over = [old for path in files for old in partials_of(path)]
     partials = {path: path.with_name(f"{path.name}.{uuid4().hex[:12]}.partial") for path in files}
     for folder in {path.parent for path in files}:
         make_folder("folder", folder)
@@ -43,6 +64,10 @@ def write_whole(files: dict[Path, Callable[[Path], object]]) -> None:
             last.unlink(missing_ok=True)
         for path, partial in partials.items():
             partial.replace(path)
+        for old in left_over:
+            with suppress(FileNotFoundError):
+                if time.time() - old.stat().st_mtime > ABANDONED:
+                    old.unlink()
     finally:
         for partial in partials.values():
             partial.unlink(missing_ok=True)

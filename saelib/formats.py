@@ -13,6 +13,7 @@ here leaves them so. In use Multi-TopK is TopK, and BatchTopK a JumpReLU whose t
 """
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saelib.checks import check_number, require
-from saelib.files import json_of, reading, write_whole
+from saelib.files import Writer, json_of, reading, write_whole
 from saelib.normalisation import UNIT_NORM
 from saelib.sae import SAE
 
@@ -60,7 +61,7 @@ def weights(sae: SAE, scale: float = 1.0) -> list[Tensor]:
     return [tensor.contiguous() for tensor in scaled(*own, scale)]
 
 
-def write_saelens(sae: SAE, folder: Path, **metadata) -> None:
+def write_saelens(sae: SAE, **metadata) -> list[Writer]:
     key, is_normalised = sae.method.key, sae.normalisation == UNIT_NORM
     kinds = {"topk": "topk", "multi_topk": "topk", "relu": "standard", "batchtopk": "jumprelu"}
     require(key in kinds, "method", key, f"one of {', '.join(kinds)} for the format 'saelens'")
@@ -76,12 +77,11 @@ def write_saelens(sae: SAE, folder: Path, **metadata) -> None:
     if kinds[key] == "jumprelu":
         tensors["threshold"] = sae.method.learnt().detach().float().cpu().expand(sae.n_latents).contiguous()
         about["metadata"]["k"] = sae.method.k
-    write_whole({folder / "sae_weights.safetensors": lambda partial: save_file(tensors, partial),
-                 folder / "cfg.json": json_of(about)})
+    return [partial(save_file, tensors), json_of(about)]
 
 
-def read_saelens(folder: Path) -> SAE:
-    about, tensors = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
+def read_saelens(tensors_at: Path, about_at: Path) -> SAE:
+    about, tensors = json.loads(about_at.read_text()), load_file(tensors_at)
     kind, normalised = about["architecture"], about.get("normalize_activations") or "none"
     require(kind in ("topk", "standard", "jumprelu"), "architecture", kind, "'topk', 'standard' or 'jumprelu'")
     # until version 6 beside it
@@ -115,7 +115,7 @@ def read_saelens(folder: Path) -> SAE:
     return sae
 
 
-def write_sparsify(sae: SAE, folder: Path) -> None:
+def write_sparsify(sae: SAE) -> list[Writer]:
     require(sae.method.key in ("topk", "multi_topk"), "method", sae.method.key,
             "topk or multi_topk for the format 'sparsify'")
     W_enc, b_enc, W_dec, b_pre = weights(sae)
@@ -123,12 +123,11 @@ def write_sparsify(sae: SAE, folder: Path) -> None:
     about = {"activation": "topk", "num_latents": sae.n_latents, "k": sae.method.k, "d_in": sae.d_model,
              "normalize_decoder": True, "multi_topk": False, "skip_connection": False, "transcode": False,
              "method": sae.method.key, "normalisation": sae.normalisation}  # its own multi_topk would decode 4k latents
-    write_whole({folder / "sae.safetensors": lambda partial: save_file(tensors, partial),
-                 folder / "cfg.json": json_of(about)})
+    return [partial(save_file, tensors), json_of(about)]
 
 
-def read_sparsify(folder: Path) -> SAE:
-    about, tensors = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae.safetensors")
+def read_sparsify(tensors_at: Path, about_at: Path) -> SAE:
+    about, tensors = json.loads(about_at.read_text()), load_file(tensors_at)
     require(about.get("activation", "topk") == "topk", "activation", about.get("activation"), "'topk'")
     for name in ("skip_connection", "transcode"):
         require(not about.get(name), name, about.get(name), "false: what predicts other activations is no autoencoder")
@@ -137,7 +136,7 @@ def read_sparsify(folder: Path) -> SAE:
                  about["k"], about.get("normalisation", "none"), about.get("num_latents") or None, about.get("d_in"))
 
 
-def write_dictionary_learning(sae: SAE, folder: Path) -> None:
+def write_dictionary_learning(sae: SAE) -> list[Writer]:
     kinds = {"topk": "AutoEncoderTopK", "multi_topk": "AutoEncoderTopK", "relu": "AutoEncoder"}
     require(sae.method.key in kinds, "method", sae.method.key,
             f"one of {', '.join(kinds)} for the format 'dictionary_learning'")
@@ -150,13 +149,11 @@ def write_dictionary_learning(sae: SAE, folder: Path) -> None:
     else:
         tensors["bias"] = b_pre
     about = {"trainer": trainer, "normalisation": sae.normalisation}
-    write_whole({folder / "ae.pt": lambda partial: torch.save(tensors, partial),
-                 folder / "config.json": json_of(about)})
+    return [partial(torch.save, tensors), json_of(about)]
 
 
-def read_dictionary_learning(folder: Path) -> SAE:
-    about = json.loads((folder / "config.json").read_text())
-    tensors = torch.load(folder / "ae.pt", weights_only=True, map_location="cpu")
+def read_dictionary_learning(tensors_at: Path, about_at: Path) -> SAE:
+    about, tensors = json.loads(about_at.read_text()), torch.load(tensors_at, weights_only=True, map_location="cpu")
     kind = about["trainer"]["dict_class"]
     require(kind in ("AutoEncoderTopK", "AutoEncoder"), "dict_class", kind, "'AutoEncoderTopK' or 'AutoEncoder'")
     method, b_pre = (("topk", int(tensors["k"])), "b_dec") if kind == "AutoEncoderTopK" else (("relu", 0.0), "bias")
@@ -166,7 +163,7 @@ def read_dictionary_learning(folder: Path) -> SAE:
                  about["trainer"].get("activation_dim"))
 
 
-def write_openai(sae: SAE, folder: Path) -> None:
+def write_openai(sae: SAE) -> list[Writer]:
     key = sae.method.key
     require(key in ("topk", "multi_topk", "relu"), "method", key,
             "one of topk, multi_topk, relu for the format 'openai'")
@@ -181,11 +178,11 @@ def write_openai(sae: SAE, folder: Path) -> None:
              "latents_mean_square": torch.zeros(sae.n_latents), "activation": "TopK" if is_topk else "ReLU"}
     if is_topk:
         state["activation_state_dict"] = {"k": sae.method.k, "postact_fn": "ReLU"}
-    write_whole({folder / "autoencoder.pt": lambda partial: torch.save(state, partial)})
+    return [partial(torch.save, state)]
 
 
-def read_openai(folder: Path) -> SAE:
-    state = torch.load(folder / "autoencoder.pt", weights_only=True, map_location="cpu")
+def read_openai(state_at: Path) -> SAE:
+    state = torch.load(state_at, weights_only=True, map_location="cpu")
     kind = state.get("activation", "ReLU")
     require(kind in ("TopK", "ReLU"), "activation", kind, "'TopK' or 'ReLU'")
     names = "encoder.weight", "latent_bias", "decoder.weight", "pre_bias"
@@ -197,14 +194,17 @@ def read_openai(folder: Path) -> SAE:
     return build(*scaled(W_enc, b_enc, W_dec.t(), b_pre, scale), "topk", choice["k"], UNIT_NORM)
 
 
-FORMATS = {"saelens": (write_saelens, read_saelens), "sparsify": (write_sparsify, read_sparsify),
-           "dictionary_learning": (write_dictionary_learning, read_dictionary_learning),
-           "openai": (write_openai, read_openai)}
+FORMATS = {"saelens": (write_saelens, read_saelens, "sae_weights.safetensors", "cfg.json"),
+           "sparsify": (write_sparsify, read_sparsify, "sae.safetensors", "cfg.json"),
+           "dictionary_learning": (write_dictionary_learning, read_dictionary_learning, "ae.pt", "config.json"),
+           "openai": (write_openai, read_openai, "autoencoder.pt")}
 
 
-def of(format: str) -> tuple[Callable[..., None], Callable[[Path], SAE]]:
+def of(format: str) -> tuple[Callable[..., list[Writer]], Callable[..., SAE], list[str]]:
+    """What writes a format, what reads it, and its files: weights, and what describes them."""
     require(format in FORMATS, "format", format, f"one of {', '.join(FORMATS)}")
-    return FORMATS[format]
+    write, read, *files = FORMATS[format]
+    return write, read, files
 
 
 def save(sae: SAE, folder: str | Path, format: str, **metadata) -> None:
@@ -219,12 +219,15 @@ def save(sae: SAE, folder: str | Path, format: str, **metadata) -> None:
 
     Raises:
         ValueError: an unknown format, an SAE or metadata that it cannot hold, a BatchTopK SAE that was never trained,
-            or a folder with another format's files of the same name. Nothing is written then.
+            or a folder with files of these names that are no SAE in this format. Nothing is written then.
     """
     require(isinstance(sae, SAE), "sae", type(sae).__name__, "an SAE: of a fit it is `.sae`")
-    write = of(format)[0]
+    write, _, files = of(format)
     require(not metadata or write is write_saelens, "format", format, f"'saelens' to keep {', '.join(metadata)}")
-    write(sae, Path(folder), **metadata)
+    writers = write(sae, **metadata)
+    if all(Path(folder, name).exists() for name in files):
+        load(folder, format)  # these names may be those of two other formats
+    write_whole({Path(folder, name): writer for name, writer in zip(files, writers)})
 
 
 def load(folder: str | Path, format: str) -> SAE:
@@ -241,6 +244,6 @@ def load(folder: str | Path, format: str) -> SAE:
     Raises:
         ValueError: an unknown format, an architecture that is not here, or files that are missing or damaged.
     """
-    read = of(format)[1]
+    _, read, files = of(format)
     with reading("folder", Path(folder), f"hold an SAE in the format {format!r}"):
-        return read(Path(folder))
+        return read(*(Path(folder, name) for name in files))

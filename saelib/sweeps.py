@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from saelib.checks import require
-from saelib.files import make_folder, reading, write_whole
+from saelib.files import make_folder, reading
 from saelib.origin import code_hash, inputs
 from saelib.runs import RunConfig, run
 from saelib.subjects import pick_device
@@ -25,7 +25,7 @@ BEGINS = '{"config": '  # each row of a store
 
 
 def read_rows(store: Path | str) -> list[dict]:
-    """The rows of a store, in the order in which they were written, but for a torn last line that a kill left."""
+    """The rows of a store, in the order in which they were written, but for torn lines that a kill left."""
     store = Path(store)
     if not store.exists():
         return []
@@ -36,32 +36,32 @@ def read_rows(store: Path | str) -> list[dict]:
 
 
 def whole_lines(store: Path) -> list[str]:
-    """The lines of a file of JSON lines, but for a last one that began as a row and is not whole."""
+    """The lines of a file of JSON lines, but for those that began as a row and are not whole."""
     *lines, last = store.read_text().split("\n")
-    if not BEGINS.startswith(last[:len(BEGINS)]):
-        return [*lines, last]
-    try:
-        json.loads(last)
-    except json.JSONDecodeError:
-        return lines
-    return [*lines, last]
+    begun = [line.startswith(BEGINS) for line in lines] + [BEGINS.startswith(last[:len(BEGINS)])]
+    return [line for line, is_row in zip((*lines, last), begun) if not is_row or is_json(line)]
 
 
-def end_last_line(store: Path) -> None:
-    """Let the next row begin on a line of its own: after the last one, or in the place of one that is not whole."""
-    with WRITING, reading("store", store, "be a file that can be written"):
+def is_json(line: str) -> bool:
+    with suppress(json.JSONDecodeError):
+        json.loads(line)
+        return True
+    return False
+
+
+def check_writable(store: Path) -> None:
+    """Raise ValueError if a store can't be written. Make it if it is not there."""
+    with reading("store", store, "be a file that can be written"):
         store.parent.mkdir(parents=True, exist_ok=True)
         store.open("a").close()
-        text = store.read_text()
-        if text and text[-1] != "\n":
-            lines = whole_lines(store)
-            write_whole({store: lambda partial: partial.write_text("".join(line + "\n" for line in lines))})
 
 
 def add_row(store: Path, row: dict) -> None:
-    """Write one row after those of a store."""
-    with WRITING, open(store, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    """Write one row after those of a store, on a line of its own, whatever a killed process left of the last one."""
+    with WRITING, open(store, "ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        is_torn = file.read() not in (b"", b"\n")
+        file.write(b"\n" * is_torn + json.dumps(row).encode() + b"\n")
 
 
 def side_by_side(task: Callable, items: Iterable, device: str = "cpu", stop: threading.Event | None = None) -> list:
@@ -164,7 +164,7 @@ def sweep(configs: Iterable[RunConfig], store: Path | str | None = None, *, keep
     done = {config: kept[name] for config, name in names.items() if name in kept}
     todo = [config for config in names if config not in done]
     if store and todo:
-        end_last_line(Path(store))
+        check_writable(Path(store))
     stop, failed = threading.Event(), {}
     bar = tqdm(total=sum(c.n_tokens for c in todo), unit="tok", unit_scale=True, disable=not (progress and todo),
                mininterval=2, desc=f"{len(todo)} runs", file=sys.stderr)

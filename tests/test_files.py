@@ -92,3 +92,22 @@ def test_a_file_in_the_place_of_the_folder_is_named_and_left(tmp_path, below):
     with pytest.raises(ValueError, match="folder is .*file.*: it must be a folder that can be written"):
         files.write_whole({folder / name: lambda partial: partial.write_text("new") for name in ("a", "b")})
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_files_that_a_killed_process_left_are_removed_once_they_are_old(tmp_path):
+    saelib.SAE(4, 16, "topk", 2).save(tmp_path)
+    new, old = (tmp_path / f"sae.safetensors.{name}.partial" for name in ("new", "old"))
+    for left in (new, old):
+        left.touch()
+    os.utime(old, (0, 0))
+    saelib.SAE(4, 16, "topk", 3).save(tmp_path)
+    assert new.exists() and not old.exists()
+
+
+def test_a_write_of_another_process_that_ends_meanwhile_is_no_stranger(tmp_path, monkeypatch):
+    saelib.SAE(4, 16, "topk", 2).save(tmp_path)
+    description = (tmp_path / "sae.json").read_text()
+    (tmp_path / "sae.json").unlink()
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: (tmp_path / "sae.json").write_text(description))
+    saelib.SAE(4, 16, "topk", 3).save(tmp_path)
+    assert saelib.load(tmp_path).method.k == 3

@@ -362,3 +362,14 @@ def test_weights_in_a_half_are_scaled_and_folded_in_float32(tmp_path):
     save_file(tensors, tmp_path / "sae_weights.safetensors")
     back = formats.load(tmp_path, "saelens")
     torch.testing.assert_close(back.W_enc.detach(), tensors["W_enc"].float().t() * 7**0.5, rtol=1e-6, atol=0)
+
+
+def test_a_format_does_not_take_files_of_two_others(tmp_path):
+    sae = SAE(8, 16, "topk", 4)
+    sae.save(tmp_path)
+    formats.save(sae, tmp_path, "saelens")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="folder is .* it must hold an SAE in the format 'sparsify'"):
+        formats.save(sae, tmp_path, "sparsify")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    formats.save(sae, tmp_path, "saelens")  # the same again is no other
