@@ -37,7 +37,8 @@ def as_tensor(x, name: str = "source"):
 def check_number(name: str, value, low: float, high: float = math.inf) -> None:
     """Raise ValueError unless it is a finite number from `low` to `high`."""
     rule = f"a finite number, {low:g} or more" if high == math.inf else f"a number from {low:g} to {high:g}"
-    require(isinstance(value, Real) and low <= value <= high and math.isfinite(value), name, value, rule)
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    require(number and low <= value <= high and math.isfinite(value), name, value, rule)
 
 
 def first_derivative_only(what: str) -> None:

@@ -37,6 +37,8 @@ class Loop:
                 "history": self.history, "ema": self.ema.state_dict() if self.ema else None}
 
     def restore(self, state: dict) -> None:
+        missing = self.state().keys() - state.keys()  # asked before anything is taken over
+        require(not missing, "checkpoint", f"a file without {', '.join(sorted(missing))}", "one that `train` wrote")
         # of this device, and not of the one that saved
         own = {name: self.adam.param_groups[0][name] for name in ("lr", "capturable")}
         self.sae.load_state_dict(state["sae"])

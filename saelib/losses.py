@@ -3,7 +3,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelib.checks import first_derivative_only
+from saelib.checks import first_derivative_only, require
 
 
 class _SquaredError(torch.autograd.Function):
@@ -35,8 +35,12 @@ def squared_error(x: Float[Tensor, "batch d_model"], x_hat: Float[Tensor, "batch
     Returns:
         A scalar, in the squared units of `x`.
 
+    Raises:
+        ValueError: two shapes.
+
     Paper: §2.2, Eq. (1)
     """
+    require(x.shape == x_hat.shape, "x_hat", f"of shape {list(x_hat.shape)}", f"of the shape of x, {list(x.shape)}")
     return _SquaredError.apply(x, x_hat)  # Eq. (1)
 
 

@@ -18,6 +18,7 @@ from saelib.sae import SAE
 BOUNDS = {"lr": (0, math.inf), "penalty_warmup": (0, 1), "auxk_coef": (0, math.inf), "ema_decay": (0, 0.999999)}
 PATHS = "sparse", "graph", "native", "dense"
 LOG_POINTS = 100
+UNIT = 1e-3  # how far from 1 the norm of a decoder row may be
 CHECKPOINT_SECONDS = 60
 
 
@@ -40,6 +41,9 @@ def check(sae: SAE, path: str, k_aux: int | None, n_steps: int, dead_after: int,
     """Raise ValueError unless `sae` can be trained with these arguments of `train`."""
     require(sae.W_dec.dtype in (torch.float32, torch.float64), "sae", f"of {sae.W_dec.dtype}",
             "of float32 weights: precision='bf16' multiplies in bfloat16")
+    norms = sae.W_dec.detach().norm(dim=1)
+    require(bool((norms - 1).abs().max() < UNIT), "sae", f"with decoder rows of norm {norms.min():.3g} to "
+            f"{norms.max():.3g}", "of unit rows, as training keeps them: scaling them would change what it computes")
     require(path in PATHS, "path", path, f"one of {', '.join(PATHS)}")
     if path == "graph":
         graphs.check(sae)
@@ -48,6 +52,8 @@ def check(sae: SAE, path: str, k_aux: int | None, n_steps: int, dead_after: int,
     require(k_aux is None or is_whole(k_aux) and k_aux >= 1, "k_aux", k_aux, "a whole number, 1 or more")
     for name, value in numbers.items():
         check_number(name, value, *BOUNDS[name])
+    require(not numbers["ema_decay"] or not list(sae.buffers()), "ema_decay", numbers["ema_decay"],
+            f"0 for {sae.method.key}, whose threshold is learnt for the weights as they are, and not for their average")
 
 
 @own_modes()
@@ -62,7 +68,7 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
     gradient parallel to its rows; clip; Adam; unit-norm rows; EMA; `on_step`.
 
     Args:
-        sae: the autoencoder, its b_pre already set.
+        sae: the autoencoder, its b_pre already set, its decoder's rows of unit norm.
         batches: given the number of the step to start from, yields batches [batch_size, d_model], `n_steps` or more.
         n_steps: steps in all.
         lr: peak learning rate; the paper's rule if None.
@@ -85,8 +91,8 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
     Raises:
         FloatingPointError: a term of the loss is not finite. On a GPU only the steps that leave a row are looked at,
             after their update.
-        ValueError: an unknown path, or "graph" where a step can't be recorded; activations that are not as the SAE
-            expects them; too few batches; a checkpoint of another run.
+        ValueError: an SAE or an argument that breaks its rule; "graph" where a step can't be recorded; activations that
+            are not as the SAE expects them; too few batches; a checkpoint of another run.
 
     Paper: §2.4, §3.1, Appendix A
     """
@@ -95,19 +101,19 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
           ema_decay=ema_decay)
     k_aux, n_steps = default_k_aux(sae.d_model) if k_aux is None else k_aux, int(n_steps)
     loop = Loop(sae, lr, dead_after, auxk_coef, k_aux, ema_decay)
-    about = checkpoints.describe(d_model=sae.d_model, n_latents=sae.n_latents, method=sae.method.key,
-                                 sparsity=sae.method.sparsity, n_steps=n_steps, lr=lr, penalty_warmup=penalty_warmup,
-                                 auxk_coef=auxk_coef, k_aux=k_aux, dead_after=dead_after, ema_decay=ema_decay,
-                                 precision=precision, **(run or {}))
+    about = checkpoints.describe(run or {}, d_model=sae.d_model, normalisation=sae.normalisation,
+                                 n_latents=sae.n_latents, method=sae.method.key, sparsity=sae.method.sparsity,
+                                 n_steps=n_steps, lr=lr, penalty_warmup=penalty_warmup, auxk_coef=auxk_coef,
+                                 k_aux=k_aux, dead_after=dead_after, ema_decay=ema_decay, precision=precision)
     sae.train()
     kept = checkpoint and Path(checkpoint)
     if kept:
         checkpoints.resume(kept, about, sae.W_dec.device, loop.restore)
     saved, start, log_every = time.monotonic(), loop.step, max(1, n_steps // LOG_POINTS)
     for x in islice(batches(loop.step), n_steps - loop.step):
-        x = x.to(sae.W_dec.device, sae.W_dec.dtype, non_blocking=True)
         if loop.step == start:
             sae.check_normalised(sae.tokens(x))
+        x = x.to(sae.W_dec.device, sae.W_dec.dtype, non_blocking=True)
         log = (loop.step + 1) % log_every == 0 or loop.step + 1 == n_steps
         loop.one(x, schedule(loop.step, n_steps), warmed(loop.step, n_steps, penalty_warmup), path, precision, log)
         if kept and loop.step < n_steps and time.monotonic() - saved > CHECKPOINT_SECONDS:
@@ -117,6 +123,7 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
             on_step(loop.step)
     if loop.step < n_steps:
         raise ValueError(f"batches ended after {loop.step} steps: they must last for n_steps = {n_steps}")
+    loop.adam.zero_grad()
     if loop.ema:
         sae.load_state_dict(loop.ema.module.state_dict())
         sae.normalise_decoder()

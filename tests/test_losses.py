@@ -46,3 +46,8 @@ def test_the_squared_errors_gradient_is_twice_the_residual_over_the_tokens_and_t
     on_x, on_x_hat = torch.autograd.grad(3 * losses.squared_error(x, x_hat), (x, x_hat))
     torch.testing.assert_close(on_x_hat, 3 * 2 * (x_hat - x).detach() / 5)
     assert torch.equal(on_x, -on_x_hat)
+
+
+def test_a_reconstruction_of_another_shape_is_named():
+    with pytest.raises(ValueError, match=r"x_hat is 'of shape \[4, 3\]': it must be of the shape of x, \[1, 3\]"):
+        getattr(losses.squared_error, "__wrapped__", losses.squared_error)(torch.ones(1, 3), torch.ones(4, 3))

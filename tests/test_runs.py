@@ -279,7 +279,8 @@ def test_zero_is_a_value_and_a_whole_number_is_one_however_it_is_written():
 WRONG_TYPES = """
 import json, pathlib
 import numpy, torch
-from saelib import RunConfig, fit
+from saelib import SAE, RunConfig, fit
+from saelib.train import train
 made = RunConfig("synthetic", "topk", numpy.int64(4), numpy.int64(64), 2e3, seed=numpy.int64(1))
 assert [type(value) for value in (made.sparsity, made.n_latents, made.n_tokens, made.seed)] == [int] * 4
 row = RunConfig(pathlib.Path("x.npy"), "relu", numpy.float32(0.5), 64, 100, lr=numpy.float64(1e-3))
@@ -296,6 +297,12 @@ for source, changes, message in ((x, {"sparsity": "8"}, "sparsity is '8': it mus
         assert message in str(error), error
     else:
         raise AssertionError(message)
+try:
+    train(SAE(4, 8, "topk", 2), lambda step: iter([x.numpy()]), 1)
+except ValueError as error:
+    assert str(error) == "x is 'ndarray': it must be a tensor", error
+else:
+    raise AssertionError("batches of arrays")
 """
 
 
@@ -307,6 +314,16 @@ def test_a_store_with_a_damaged_line_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{\n{}\n")
     with pytest.raises(ValueError, match=r"store is '.*rows.jsonl': it must hold one JSON object on each line"):
         sweeps.read_rows(tmp_path / "rows.jsonl")
+
+
+def test_a_row_that_a_killed_process_tore_costs_no_other(tmp_path):
+    store, rows = tmp_path / "rows.jsonl", [{"config": {"seed": i}} for i in range(3)]
+    for i, row in enumerate(rows):
+        sweeps.add_row(store, row)
+        if i == 1:
+            with open(store, "a") as file:
+                file.write('{"config": {"seed"')
+    assert sweeps.read_rows(store) == rows
 
 
 def test_without_git_or_in_somebody_elses_repository_the_commit_is_unknown(tmp_path, monkeypatch):

@@ -374,7 +374,7 @@ def test_a_number_of_tokens_or_steps_below_1_is_named(options, message):
 
 @pytest.mark.parametrize("name, here", [("penalty_warmup", 0.5), ("auxk_coef", 0.25), ("k_aux", 4),
                                         ("dead_after", 500), ("ema_decay", 0.5), ("sparsity", 5),
-                                        ("method", "batchtopk")])
+                                        ("method", "multi_topk")])
 def test_a_checkpoint_of_a_run_with_any_other_setting_is_refused(tmp_path, monkeypatch, name, here):
     def stop(step):
         raise KeyboardInterrupt
@@ -417,3 +417,65 @@ def test_activations_that_are_not_as_the_sae_expects_them_are_refused_at_once():
     with pytest.raises(ValueError, match="x is 'with a vector of norm 50': it must be what `SAE.normalised` makes"):
         train(sae, batches_of(50 * X, 5), 5)
     assert torch.equal(sae.W_enc, before)
+
+
+@pytest.mark.parametrize("run, here, message", [
+    ({"seed": 1}, {"run": None}, "of a run with seed 1': it must be of this run, with None"),
+    (None, {"run": {"seed": 1}}, "of a run with seed None': it must be of this run, with 1"),
+    (None, {"normalisation": "unit_norm"}, "a run with normalisation 'none'\": it must be of this run, with 'unit_n")])
+def test_a_checkpoint_of_a_run_that_was_told_apart_is_refused(tmp_path, monkeypatch, run, here, message):
+    def stop(step):
+        raise KeyboardInterrupt
+
+    def go(run=run, normalisation="none", on_step=None):
+        train(SAE(16, 40, "topk", 4, normalisation=normalisation), batches_of(X, 30), 30, lr=1e-3, run=run,
+              checkpoint=tmp_path / "c.pt", on_step=on_step)
+
+    monkeypatch.setattr(saelib.train, "CHECKPOINT_SECONDS", 0)
+    with pytest.raises(KeyboardInterrupt):
+        go(on_step=stop)
+    with pytest.raises(ValueError, match=message):
+        go(**here)
+
+
+def test_a_checkpoint_without_a_part_leaves_the_weights_as_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(saelib.train, "CHECKPOINT_SECONDS", 0)
+    with pytest.raises(ZeroDivisionError):
+        short(checkpoint=tmp_path / "c.pt", on_step=lambda step: 1 / (2 - step))
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    del state["adam"]
+    torch.save(state, tmp_path / "c.pt")
+    sae = SAE(16, 40, "topk", 4)
+    before = sae.W_enc.detach().clone()
+    with pytest.raises(ValueError, match="checkpoint is 'a file without adam': it must be one that `train` wrote"):
+        train(sae, batches_of(X, 30), 30, lr=1e-3, checkpoint=tmp_path / "c.pt")
+    assert torch.equal(sae.W_enc, before)
+
+
+def test_a_name_of_the_loops_own_does_not_tell_runs_apart():
+    with pytest.raises(ValueError, match=r"run is \{'lr': 1\}: it must be a dict with other names than d_model, "):
+        short(run={"lr": 1})
+
+
+def test_decoder_rows_of_other_norms_are_refused_before_any_step():
+    sae = SAE(16, 40, "topk", 4)
+    sae.W_dec.data *= torch.linspace(0.5, 2, 40)[:, None]
+    before = sae.W_dec.detach().clone()
+    with pytest.raises(ValueError, match="sae is 'with decoder rows of norm 0.5 to 2': it must be of unit rows"):
+        train(sae, batches_of(X, 1), 1, lr=0.0)
+    assert torch.equal(sae.W_dec, before)
+
+
+def test_an_average_of_weights_is_refused_where_a_threshold_is_learnt_for_others():
+    with pytest.raises(ValueError, match="ema_decay is 0.9: it must be 0 for batchtopk, whose threshold"):
+        train(SAE(16, 40, "batchtopk", 4), batches_of(X, 1), 1, ema_decay=0.9)
+
+
+def test_no_gradients_are_left():
+    sae, _ = short(n_steps=2)
+    assert all(p.grad is None for p in sae.parameters())
+
+
+def test_true_is_no_learning_rate():
+    with pytest.raises(ValueError, match="lr is True: it must be a finite number"):
+        train(SAE(16, 40), batches_of(X, 1), 1, lr=True)
