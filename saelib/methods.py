@@ -127,8 +127,8 @@ class BatchTopK(TopK):
 
     z = max(0, pre_acts) where pre_acts ≥ t, else 0
 
-    In training t is the (batch · k)-th largest pre-activation of the batch. After it (`SAE.eval()`), t is the running
-    mean of those, so that a token's latents do not depend on the others in its batch.
+    In training t is the (batch · k)-th largest pre-activation of the batch. After it (`SAE.eval()`), t is a running
+    average of those, half of it the last one, so that a token's latents do not depend on the others in its batch.
 
     Source: Bussmann et al. 2024, BatchTopK sparse autoencoders (arXiv 2412.06410), §3
     """

@@ -32,7 +32,8 @@ def normalise(x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_mod
         x: activations as the model makes them.
 
     Returns:
-        Vectors of norm 1, in float32; a vector that is constant over its dimensions becomes 0.
+        Vectors of norm 1, in float32. One that is constant over its dimensions becomes 0, and so does one whose square
+        float32 has no room for: of a norm above 1e19 or below 1e-22.
 
     Paper: §2.1
     """

@@ -1,6 +1,5 @@
 """The sparse autoencoder: two matrices, two biases and a method."""
 import json
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,8 +28,8 @@ COUNTED = 256
 
 class Output(NamedTuple):
     """What one forward pass leaves. `active` is None where `latents` are all of them, [batch, n_latents]: on the dense
-    path, and for ReLU on every path. Else `latents` are the values of those that were chosen, [batch, k], and `active`
-    says which these are; `largest(m)` computes all three anew for the m largest of the same tokens."""
+    path, and for ReLU. Else `latents` are the values of those that were chosen, [batch, k], and `active` says which
+    these are; `largest(m)` computes all three anew for the m largest of the same tokens."""
     x_hat: Tensor
     latents: Tensor
     active: pairs.Active | None
@@ -80,7 +79,7 @@ class SAE(nn.Module):
         d_model, n_latents = int(d_model), int(n_latents)
         self.d_model, self.n_latents, self.normalisation = d_model, n_latents, normalisation
         self.method = methods.make(method, n_latents, sparsity)
-        rows = torch.randn(n_latents, d_model, generator=torch.Generator().manual_seed(seed))
+        rows = torch.randn(n_latents, d_model, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
         rows /= rows.norm(dim=1, keepdim=True)
         self.W_enc, self.W_dec = nn.Parameter(self.method.encoder_norm * rows), nn.Parameter(rows)
         self.b_enc, self.b_pre = nn.Parameter(torch.zeros(n_latents)), nn.Parameter(torch.zeros(d_model))
@@ -124,10 +123,9 @@ class SAE(nn.Module):
 
         Args:
             x: activations; they are taken in the type of the weights.
-            path: "sparse" never forms the dense latents where the activation function is TopK's; where it is ReLU's it
-                forms them, and multiplies only the active ones once they are few; "native" is the same with parts that
-                are compiled here for this CPU (see `saelib.native`); "dense" is the plain twin, and serves any other
-                activation function.
+            path: "sparse" never forms the dense latents where the activation function is TopK's, but for weights of 16
+                bits on a CPU; where it is ReLU's it forms them, and multiplies only the active ones once they are few;
+                "native" is the same with parts compiled for this CPU (see `saelib.native`); "dense" is the plain twin.
             precision: "fp32"; "bf16" selects the latents of TopK in bfloat16, and multiplies matrices in it elsewhere
                 and on a GPU. Weights stay in float32.
             scratch: memory for dense latents, which the next pass that gets it overwrites; fresh memory if None.
@@ -145,22 +143,23 @@ class SAE(nn.Module):
         kernel = methods.kernel(self.method) if path != "dense" else None
         require(path != "native" or kernel is not None, "path", path,
                 "'sparse' or 'dense' for an activation function that has no kernel")
-        if kernel == "largest" and (x.is_cuda or x.dtype in SPARSE):
-            again = partial(kernels.autoencode, x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, b_out=self.b_pre,
-                            precision=precision, kind=PAIRS[path], copies=copies)
-            return Output(*again(self.method.k, choice=self.method.select), again)
-        if kernel == "relu":
-            return Output(*relu_path.relu(x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, precision, scratch,
-                                      path == "native"), None)
-        # autocast's cache is shared between threads, and so between the members of a sweep
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
+        if kernel == "largest" and not x.is_cuda and x.dtype not in SPARSE:
+            kernel = None
+        # a caller's autocast is none of ours; its cache is shared between threads, and so between members of a sweep
+        with torch.autocast(x.device.type, torch.bfloat16, kernel is None and precision == "bf16", cache_enabled=False):
+            if kernel == "largest":
+                again = partial(kernels.autoencode, x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, b_out=self.b_pre,
+                                precision=precision, kind=PAIRS[path], copies=copies)
+                return Output(*again(self.method.k, choice=self.method.select), again)
+            if kernel == "relu":
+                return Output(*relu_path.relu(x, self.b_pre, self.W_enc, self.b_enc, self.W_dec, precision, scratch,
+                                              path == "native"), None)
             latents = self.method(self.pre_acts(x))
             return Output(self.decode(latents), latents, None)
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """The reconstruction of a model's activations x, as a hook hands them over: in their type, their shape and
-        their units. For an SAE of normalised activations they are normalised first, and what it makes of them is scaled
-        and shifted back."""
+        """The reconstruction of a model's activations x, as a hook hands them over: in their type, shape and units. An
+        SAE of normalised activations normalises them first, and scales and shifts back what it makes of them."""
         tokens = self.tokens(x)
         size, mean = size_and_mean(tokens) if self.normalisation == UNIT_NORM else (1, 0)
         return (self.run(self.normalised(tokens)).x_hat * size + mean).to(x.dtype).view(x.shape)
@@ -200,8 +199,8 @@ class SAE(nn.Module):
                  "sparsity": self.method.sparsity, "normalisation": self.normalisation}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         require(all(tensor.isfinite().all() for tensor in tensors.values()), "sae", "one with NaN or Inf", "finite")
-        write_whole({Path(folder, "sae.safetensors"): lambda partial: save_file(tensors, partial),
-                     Path(folder, "sae.json"): json_of(about)})
+        folder, write = Path(folder), partial(save_file, tensors)
+        write_whole({folder / "sae.safetensors": write, folder / "sae.json": json_of(about)})
 
 
 def load(folder: str | Path) -> SAE:
@@ -223,7 +222,7 @@ def load(folder: str | Path) -> SAE:
                                  f"finite numbers")
         require(tensors.keys() == sae.state_dict().keys(), "folder", str(folder),
                 f"one with no other tensors than {', '.join(sae.state_dict())}")
-        sae.load_state_dict(tensors)
+        sae.to(tensors["W_enc"].dtype).load_state_dict(tensors)
     return sae.eval()
 
 
@@ -242,9 +241,10 @@ def geometric_median(x: Float[Tensor, "batch d_model"], n_steps: int = 50) -> Fl
     Paper: Appendix A.1 (initial b_pre)
     """
     median = x.mean(0)
+    tiny = (1e-8 * (x - median).norm(dim=1).mean()).clamp_min(torch.finfo(x.dtype).tiny)
     for _ in range(n_steps):
-        weight = 1 / (x - median).norm(dim=1).clamp_min(1e-8)
+        weight = tiny / (x - median).norm(dim=1).clamp_min(tiny)
         previous, median = median, weight @ x / weight.sum()
-        if torch.allclose(previous, median, rtol=0, atol=1e-6 / math.sqrt(x.shape[1])):
+        if (median - previous).norm() <= 100 * tiny:
             break
     return median

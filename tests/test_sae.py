@@ -331,3 +331,29 @@ def test_modules_are_there_when_they_are_asked_for():
     code = "import saelib, sys; assert 'matplotlib' not in sys.modules; saelib.plots.frontier; saelib.no_such_module"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip().endswith("AttributeError: module 'saelib' has no attribute 'no_such_module'")
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-6, 1.0, 1e6])
+def test_the_geometric_median_is_the_same_on_every_scale(scale):
+    x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0)).exp()
+    torch.testing.assert_close(geometric_median(scale * x) / scale, geometric_median(x), rtol=1e-4, atol=0)
+    assert torch.equal(geometric_median(torch.ones(9, 3)), torch.ones(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_sae_comes_back_in_its_own_type(tmp_path, dtype):
+    sae = SAE(8, 16, "topk", 4).to(dtype)
+    sae.save(tmp_path)
+    again = saelib.load(tmp_path)
+    assert again.W_enc.dtype == dtype and torch.equal(again.W_enc, sae.W_enc)
+
+
+@pytest.mark.parametrize("method, sparsity", [("topk", 4), ("relu", 0.1)])
+@pytest.mark.parametrize("path", ["sparse", "dense"])
+def test_float32_is_float32_inside_a_callers_autocast(method, sparsity, path):
+    sae, x = SAE(16, 2048, method, sparsity), torch.randn(30, 16, generator=torch.Generator().manual_seed(0))
+    if method == "relu":
+        sae.b_enc.data -= 0.6  # few are active
+    expected = sae.run(x, path).x_hat
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sae.run(x, path).x_hat, expected)
