@@ -14,17 +14,17 @@ def harvesting(device: str, seconds: float) -> Iterator[dict]:
     """Activations as they go into the cache, against the model's forward passes alone on the same windows."""
     for subject in SUBJECTS:
         model, _ = subjects.load(subject, device)
-        layer, dtype = int(subjects.DEPTH * len(subjects.blocks(model))), subjects.fast_dtype(device)
+        dtype = subjects.fast_dtype(device)
         windows = torch.randint(model.config.vocab_size, (4, 4 * subjects.WINDOWS, subjects.CONTEXT),
                                 generator=torch.Generator().manual_seed(0))
 
         def bare(ids):
             for some in ids.split(subjects.WINDOWS):
                 with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                    subjects.residual_stream(model, some.to(device), layer)
+                    subjects.residual_stream(model, some.to(device))
 
         def harvest(ids):
-            return [piece.to(torch.float16) for piece in subjects.harvest(model, ids, layer, slice(None), device)]
+            return [piece.to(torch.float16) for piece in subjects.harvest(model, ids, None, slice(None), device)]
 
         makers = {("data", name): (lambda step=step: Floor(step))
                   for name, step in (("forward alone", bare), ("harvest", harvest))}

@@ -165,7 +165,7 @@ def fit(source: Tensor | numpy.ndarray | sources.Source, method: str = "topk", s
         method: a key of `METHODS`.
         sparsity: k for "topk", 32 if None; the L1 coefficient for "relu", which has no default.
         n_latents: size of the dictionary.
-        n_tokens: tokens to train on; more than the source holds means several epochs.
+        n_tokens: tokens to train on, the last batch filled up; more than the source holds means several epochs.
         batch_size: tokens a step.
         lr: peak learning rate; the paper's rule, 2e-4 sqrt(2^14 / n_latents), if None.
         seed: of the initial weights and the order of the tokens.

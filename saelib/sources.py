@@ -100,13 +100,12 @@ class Source:
             yield self._gather(torch.cat(picked))
 
     def _gather(self, index: Tensor) -> Tensor:
-        device = self.shards[0].device
-        index = index.to(device)
+        index = index.to(device := self.shards[0].device)
         if len(self.shards) == 1:
             return self.shards[0].index_select(0, index).float()  # half the time of [index]
         edges = torch.tensor([len(shard) for shard in self.shards], device=device).cumsum(0)
         shard_of = torch.bucketize(index, edges, right=True)
-        batch = torch.empty(len(index), self.d_model, device=device)
+        batch = torch.empty(len(index), self.d_model, dtype=torch.float32, device=device)
         for number in shard_of.unique().tolist():
             here = shard_of == number
             first = int(edges[number - 1]) if number else 0
@@ -133,25 +132,30 @@ def ahead(batches: Iterator[Tensor], pin: bool = True) -> Iterator[Tensor]:
             yield batch
 
 
-def check_activations(x: Tensor) -> None:
-    """Raise ValueError unless x is a non-empty, finite [n_tokens, d_model] tensor."""
+def check_shape(x: Tensor) -> None:
+    """Raise ValueError unless x is a non-empty [n_tokens, d_model] tensor of floats."""
     require(isinstance(x, Tensor), "source", type(x).__name__, "a tensor or an array")
-    if x.dim() != 2:
-        raise ValueError(f"source has shape {list(x.shape)}: it must be [n_tokens, d_model]")
-    if x.numel() == 0:
-        raise ValueError(f"source has shape {list(x.shape)}: it must hold at least one token")
+    for holds, rule in ((x.dim() == 2, "be [n_tokens, d_model]"), (x.numel() > 0, "hold at least one token")):
+        if not holds:
+            raise ValueError(f"source has shape {list(x.shape)}: it must {rule}")
     dense_floats = x.dtype in FLOATS and x.layout == torch.strided
     require(dense_floats, "source", f"a tensor of {x.dtype}, {x.layout}",
             f"a dense one of {', '.join(map(str, FLOATS))}")
-    for piece in x.split(PIECE_ROWS):
-        if not torch.isfinite(piece.float()).all():
-            bad = int((~torch.isfinite(x.float()).all(1)).nonzero()[0])
+
+
+def check_activations(x: Tensor, first: int = 0) -> None:
+    """Raise ValueError unless x is [n_tokens, d_model], not empty, finite; `first` is the number of its first row."""
+    check_shape(x)
+    for at, piece in zip(range(first, first + len(x), PIECE_ROWS), x.split(PIECE_ROWS)):
+        finite = torch.isfinite(piece.float()).all(1)
+        if not finite.all():
+            bad = at + int((~finite).nonzero()[0])
             raise ValueError(f"source holds NaN or Inf, first in row {bad}: activations must be finite in float32")
 
 
 def normalised_rows(x: Float[Tensor, "n_tokens d_model"]) -> Float[Tensor, "n_tokens d_model"]:
     """`normalise`, piece by piece: of many activations it would make several copies."""
-    rows = torch.empty(x.shape)
+    rows = torch.empty(x.shape, dtype=torch.float32)
     for piece, to in zip(x.split(PIECE_ROWS), rows.split(PIECE_ROWS)):
         to.copy_(normalise(piece))
     return rows
@@ -176,23 +180,32 @@ def from_tensor(x: Tensor | numpy.ndarray, name: str = "tensor", held_out_fracti
     check_activations(x)
     if normalisation == UNIT_NORM:
         x = normalised_rows(x)
-    if len(x) < 2:
-        raise ValueError(f"source has shape {list(x.shape)}: it must hold at least two tokens, one to train on and one "
-                         f"to hold out")
+    train, held_out = halves(x, held_out_fraction)
+    return Source(name, [train], held_out, normalisation)
+
+
+def halves(x: Tensor, held_out_fraction: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Rows to train on, and the last ones, which are held out: at least one of each, or ValueError."""
+    require(len(x) >= 2, "source", f"of shape {list(x.shape)}",
+            "at least two tokens, one to train on and one to hold out")
     require(isinstance(held_out_fraction, Real) and 0 < held_out_fraction < 1, "held_out_fraction", held_out_fraction,
             "above 0 and below 1")
     n_held_out = min(max(1, round(len(x) * held_out_fraction)), len(x) - 1)
-    return Source(name, [x[:-n_held_out]], x[-n_held_out:], normalisation)
+    return x[:-n_held_out], x[-n_held_out:]
 
 
 def from_file(path: Path, n_tokens: int) -> Source:
-    """A source from a `.npy` or `.safetensors` file with one [n_tokens, d_model] array; rows are normalised here."""
+    """A source from a `.npy` or `.safetensors` file of one [n_tokens, d_model] array. What is kept is normalised."""
     with reading("subject", path, "be a readable .npy or .safetensors file of one array", ValueError):
         tensors = {"": as_tensor(numpy.load(path, mmap_mode="r"))} if path.suffix == ".npy" else load_file(path)
     require(len(tensors) == 1, "source", f"{path.name} with tensors {', '.join(tensors)}", "a file with one tensor")
-    source = from_tensor(*tensors.values(), path.name)
-    train, held_out = normalised_rows(source.shards[0][:n_tokens]), normalised_rows(source.held_out)
-    return Source(path.name, [train], held_out, UNIT_NORM)
+    x, = tensors.values()
+    check_shape(x)
+    train, held_out = halves(x)
+    train = train[:n_tokens]
+    check_activations(train)
+    check_activations(held_out, len(x) - len(held_out))
+    return Source(path.name, [normalised_rows(train)], normalised_rows(held_out), UNIT_NORM)
 
 
 def synthetic(n_tokens: int, *, d_model: int = 64, n_features: int = 256, l0: float = 8.0, exponent: float = 0.7,

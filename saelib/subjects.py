@@ -19,7 +19,7 @@ from tqdm import tqdm
 from saelib import cache, normalisation, sources, texts
 from saelib.checks import is_whole, require
 from saelib.files import reading
-from saelib.normalisation import UNIT_NORM
+from saelib.normalisation import UNIT_NORM, normalise
 from saelib.products import multiplies_bf16
 
 PYGPT = Path(__file__).parent / "pygpt"
@@ -85,7 +85,7 @@ class _Enough(Exception):
 
 
 @torch.no_grad()
-def residual_stream(model: nn.Module, ids: Tensor, layer: int) -> Tensor:
+def residual_stream(model: nn.Module, ids: Tensor, layer: int | None = None) -> Tensor:
     """The residual stream after block number `layer` (1 is the first), for windows of token ids.
 
     Blocks after it are not run.
@@ -93,12 +93,13 @@ def residual_stream(model: nn.Module, ids: Tensor, layer: int) -> Tensor:
     Args:
         model: a transformer from `load`.
         ids: [n_windows, context].
-        layer: how many blocks to run.
+        layer: how many blocks to run; 3/4 of them if None.
 
     Returns:
         [n_windows, context, d_model], as the model makes it.
     """
     stack, kept = blocks(model), []
+    layer = max(1, int(DEPTH * len(stack))) if layer is None else layer
     require(1 <= layer <= len(stack), "layer", layer, f"from 1 to {len(stack)}")
 
     def keep(module, inputs, output):
@@ -159,12 +160,12 @@ def fast_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def harvest(model: nn.Module, ids: Tensor, layer: int, inner: slice, device: str) -> Iterator[Tensor]:
+def harvest(model: nn.Module, ids: Tensor, layer: int | None, inner: slice, device: str) -> Iterator[Tensor]:
     """Normalised activations of windows of token ids, [n, d_model] at a time; `inner` cuts special tokens off."""
     for some in ids.split(WINDOWS) if len(ids) else ():  # of nothing, one empty piece
         with torch.autocast(device, fast_dtype(device), enabled=fast_dtype(device) != torch.float32):
             stream = residual_stream(model, some.to(device), layer)[:, inner]
-        yield sources.normalise(stream.reshape(-1, stream.shape[-1]).float()).cpu()
+        yield normalise(stream.reshape(-1, stream.shape[-1]).float()).cpu()
 
 
 def activations(subject: str, text: str, split: str, n_tokens: int, layer: int | None, device: str,
@@ -181,13 +182,12 @@ def activations(subject: str, text: str, split: str, n_tokens: int, layer: int |
             f"a model that knows it: this one knows {n_known}")
     with tqdm(total=len(ids) * width, initial=start, unit="tok", unit_scale=True, delay=5,
               desc=f"{Path(subject).name}, {split}", file=sys.stderr) as bar:
-        for piece in harvest(model, ids[start // width:],
-                             max(1, int(DEPTH * len(blocks(model)))) if layer is None else layer, inner, device):
+        for piece in harvest(model, ids[start // width:], layer, inner, device):
             yield piece
             bar.update(len(piece))
 
 
-def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: int | None = None,
+def open_source(subject: str | Path, n_tokens: int, *, text: str | Path | None = None, layer: int | None = None,
                 device: str = "auto") -> sources.Source:
     """A source by name: `synthetic`, or the residual stream of a language model, harvested once and then cached.
 
@@ -207,6 +207,7 @@ def open_source(subject: str, n_tokens: int, *, text: str | None = None, layer: 
     Paper: §2.1
     """
     require(isinstance(subject, str | Path), "subject", subject, "a name or a path")
+    subject = str(subject)
     require(is_whole(n_tokens) and n_tokens >= 1, "n_tokens", n_tokens, "a whole number, 1 or more")
     require(layer is None or is_whole(layer) and layer >= 1, "layer", layer, "a whole number, 1 or more")
     device, n_tokens = pick_device(device), int(n_tokens)

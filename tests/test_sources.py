@@ -305,3 +305,30 @@ def test_the_row_that_is_not_finite_is_counted_from_the_first(monkeypatch):
     x[7, 2] = torch.nan
     with pytest.raises(ValueError, match="first in row 7"):
         sources.from_tensor(x)
+
+
+def test_of_a_file_no_more_is_read_than_is_kept(tmp_path):
+    x = numpy.random.default_rng(0).standard_normal((100, 4)).astype("float32")
+    x[50] = numpy.nan
+    numpy.save(tmp_path / "x.npy", x)
+    source = saelib.open_source(tmp_path / "x.npy", 50)
+    assert source.n_tokens == 50 and len(source.held_out) == 10
+    with pytest.raises(ValueError, match="source holds NaN or Inf, first in row 50"):
+        saelib.open_source(str(tmp_path / "x.npy"), 51)
+    x[50], x[95] = 1, numpy.inf
+    numpy.save(tmp_path / "x.npy", x)
+    with pytest.raises(ValueError, match="source holds NaN or Inf, first in row 95"):
+        saelib.open_source(str(tmp_path / "x.npy"), 51)
+
+
+def test_another_default_type_changes_no_activations():
+    x = torch.randn(40, 6)
+    expected = sources.from_tensor(x, normalisation=UNIT_NORM)
+    torch.set_default_dtype(torch.float64)
+    try:
+        source = sources.from_tensor(x, normalisation=UNIT_NORM)
+        two = sources.Source("a", [x[:10], x[10:20]], x[20:])
+        batch = next(two.batches(4, 1, 0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(source.shards[0], expected.shards[0]) and batch.dtype == torch.float32

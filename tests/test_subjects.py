@@ -2,6 +2,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 from pydoc_data.topics import topics
 from types import SimpleNamespace
 
@@ -362,3 +363,14 @@ def test_files_are_taken_by_name_not_as_the_disk_has_them_and_below_a_hidden_fol
         (folder / f"{i:02d}.txt").write_text("x")
     assert [path.name for path in texts.files_of(folder)] == [f"{i:02d}.txt" for i in range(40)]
     assert texts.stdlib_files("train") == sorted(texts.stdlib_files("train"), key=lambda path: path.as_posix())
+
+
+def test_of_a_model_with_one_block_that_one_is_read():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2)).eval()
+    ids = torch.randint(300, (2, 64))
+    assert torch.equal(subjects.residual_stream(model, ids), subjects.residual_stream(model, ids, 1))
+
+
+def test_a_path_names_what_its_text_names():
+    named, by_path = (subjects.open_source(name, 50) for name in ("synthetic", Path("synthetic")))
+    assert torch.equal(named.held_out, by_path.held_out)

@@ -136,17 +136,17 @@ def train_pair(settings):
 # Measuring
 
 
-def read_windows(model, ids, layer):
+def read_windows(model, ids):
     """Activations of windows of tokens, as the autoencoders expect them, and the size that normalising took away."""
     import torch
 
-    from saelib import sources, subjects
+    from saelib import subjects
+    from saelib.normalisation import normalise, size_and_mean
 
-    streams = [subjects.residual_stream(model, piece, layer).flatten(0, 1).float()
+    streams = [subjects.residual_stream(model, piece).flatten(0, 1).float()
                for piece in ids.split(subjects.WINDOWS)]
     stream = torch.cat(streams)
-    sizes = (stream - stream.mean(1, keepdim=True)).norm(dim=1)
-    return sources.normalise(stream), float(sizes.mean())
+    return normalise(stream), float(size_and_mean(stream)[0].mean())
 
 
 def direct_effect(model, ids, sae, size, mean_active):
@@ -285,8 +285,7 @@ def write_data(folder, fits, model, tokenizer, ids, mean, n_contexts, about):
 
     folder.mkdir(parents=True, exist_ok=True)
     saes = {key: fit.sae.cpu().eval().requires_grad_(False) for key, fit in fits.items()}
-    layer = int(subjects.DEPTH * len(subjects.blocks(model)))
-    x, size = read_windows(model, ids, layer)
+    x, size = read_windows(model, ids)
     z = {key: torch.cat([sae.encode(piece) for piece in x.split(4096)]) for key, sae in saes.items()}
     cosine = saes["topk"].W_dec @ saes["relu"].W_dec.t()
     nearest = {"topk": cosine.max(1), "relu": cosine.max(0)}
@@ -308,7 +307,7 @@ def write_data(folder, fits, model, tokenizer, ids, mean, n_contexts, about):
         }
     index["programs"] = []
     for number, (title, program) in enumerate(sample_programs(tokenizer)):
-        activations = read_windows(model, program, layer)[0][1:]
+        activations = read_windows(model, program)[0][1:]
         write(folder, f"program-{number}", {"tokens": program[0, 1:].tolist(),
                                             **program_through(saes, activations, mean)})
         index["programs"].append(title)
