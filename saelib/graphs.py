@@ -1,4 +1,4 @@
-"""A training step recorded once as a CUDA graph and then replayed: one launch in place of a hundred.
+"""A training step recorded once as a CUDA graph and then replayed: one launch in place of many.
 
 A step of a small autoencoder keeps a GPU busy for less time than Python needs to launch it. What is recorded is fixed,
 shapes and addresses too. So a batch is copied to where the recorded one lay; what the host changes (the learning rate,

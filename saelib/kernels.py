@@ -1,7 +1,7 @@
 """The sparse path: encode, select and decode without ever forming the dense latents or their gradient.
 
 `[batch, n_latents]` latents with k non-zeros a row are kept as `values` [batch, k] beside `Active`, which knows the
-indices and the products that training needs (see `saelib.pairs`). The plain twin of it all is `SAE.forward` with
+indices and the products that training needs (see `saelib.pairs`). The plain twin of it all is `SAE.run` with
 `path="dense"`.
 """
 from collections.abc import Callable

@@ -45,13 +45,14 @@ def build() -> ModuleType | str:
     flags = FLAGS + ["-mavx512bf16"] * cpu_has("avx512_bf16")
     name = hashlib.sha256(b"".join(map(Path.read_bytes, SOURCES))
                           + " ".join([torch.__version__, sys.version, *flags]).encode()).hexdigest()[:12]
-    # where pip puts ninja
-    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     module = f"saelib_native_{name}"
     try:
         kept = cache_folder() / f"{module}.so"
         if kept.exists():
-            return load(module, kept)
+            with suppress(ImportError, OSError):  # of a file that a power cut left damaged
+                return load(module, kept)
+        # where pip puts ninja
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
         from torch.utils import cpp_extension
         if not shutil.which(cpp_extension.get_cxx_compiler()):
             return f"there is no C++ compiler called {cpp_extension.get_cxx_compiler()}"

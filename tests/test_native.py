@@ -276,3 +276,10 @@ def test_what_was_compiled_is_loaded_without_a_compiler(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(cpp_extension, "load", None)
     assert native.build.__wrapped__().largest
+
+
+def test_what_a_power_cut_left_of_a_compiled_file_is_compiled_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAELIB_CACHE", str(tmp_path))
+    (tmp_path / f"{native.build().__name__}.so").write_bytes(b"\x7fELF")
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    assert "there is no C++ compiler" in native.build.__wrapped__()
