@@ -16,6 +16,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from saelib.files import write_whole  # noqa: E402
 from saelib.verdicts import NUMBERS_MIME  # noqa: E402
 from tools.run import code_cells, run_record  # noqa: E402
 
@@ -76,7 +77,7 @@ def keep(root, profile):
     done = {path.stem: run_of(path) for path in Path(root, "runs", profile).glob("[!.]*.ipynb")}
     everything = dict(sorted((kept(root, profile) | done).items()))
     text = re.sub(r"\n {5,}|\n {4}(?=\})", " ", json.dumps(everything, indent=1, ensure_ascii=False))
-    kept_path(root, profile).write_text(text + "\n", encoding="utf8")
+    write_whole({kept_path(root, profile): lambda partial: partial.write_text(text + "\n", encoding="utf8")})
     print(f"{len(done)} runs at {profile} kept in {kept_path(root, profile)}")
 
 
