@@ -65,7 +65,7 @@ def write_whole(files: dict[Path, Writer]) -> None:
         for path, partial in partials.items():
             partial.replace(path)
         for old in left_over:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # what was to be written is there
                 if time.time() - old.stat().st_mtime > ABANDONED:
                     old.unlink()
     finally:

@@ -37,9 +37,8 @@ def read_rows(store: Path | str) -> list[dict]:
 
 def whole_lines(store: Path) -> list[str]:
     """The lines of a file of JSON lines, but for those that began as a row and are not whole."""
-    *lines, last = store.read_text().split("\n")
-    begun = [line.startswith(BEGINS) for line in lines] + [BEGINS.startswith(last[:len(BEGINS)])]
-    return [line for line, is_row in zip((*lines, last), begun) if not is_row or is_json(line)]
+    lines = store.read_text().split("\n")
+    return [line for line in lines if not BEGINS.startswith(line[:len(BEGINS)]) or is_json(line)]
 
 
 def is_json(line: str) -> bool:
@@ -60,7 +59,7 @@ def add_row(store: Path, row: dict) -> None:
     """Write one row after those of a store, on a line of its own, whatever a killed process left of the last one."""
     with WRITING, open(store, "ab+") as file:
         file.seek(max(0, file.tell() - 1))
-        is_torn = file.read() not in (b"", b"\n")
+        is_torn = file.read(1) not in (b"", b"\n")
         file.write(b"\n" * is_torn + json.dumps(row).encode() + b"\n")
 
 

@@ -311,18 +311,19 @@ def test_other_types_are_taken_by_their_value_or_refused_in_one_line():
 
 
 def test_a_store_with_a_damaged_line_is_named(tmp_path):
-    (tmp_path / "rows.jsonl").write_text("{\n{}\n")
+    (tmp_path / "rows.jsonl").write_text("{]\n{}\n")
     with pytest.raises(ValueError, match=r"store is '.*rows.jsonl': it must hold one JSON object on each line"):
         sweeps.read_rows(tmp_path / "rows.jsonl")
 
 
-def test_a_row_that_a_killed_process_tore_costs_no_other(tmp_path):
+@pytest.mark.parametrize("torn", ['{"config": {"seed"', '{"conf', "{", "\n"])
+def test_a_row_that_a_killed_process_tore_costs_no_other(tmp_path, torn):
     store, rows = tmp_path / "rows.jsonl", [{"config": {"seed": i}} for i in range(3)]
     for i, row in enumerate(rows):
         sweeps.add_row(store, row)
         if i == 1:
             with open(store, "a") as file:
-                file.write('{"config": {"seed"')
+                file.write(torn)
     assert sweeps.read_rows(store) == rows
 
 
