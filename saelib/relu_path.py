@@ -7,6 +7,7 @@ shares between, unless the CPU multiplies faster than it can skip. The plain twi
 `path="dense"`, which leaves the gradients to autograd.
 """
 import math
+from copy import copy
 from functools import cached_property
 
 import torch
@@ -150,18 +151,23 @@ class _ReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, b_pre, W_enc, b_enc, W_dec, chosen):
-        ctx.way = chosen
-        ctx.save_for_backward(W_enc, W_dec, chosen.latents)  # torch notices if one of them is overwritten
-        return chosen.decode().to(x.dtype).add_(b_pre), chosen.latents.detach()
+        x_hat, latents = chosen.decode().to(x.dtype).add_(b_pre), chosen.latents.detach()
+        tensors = {name: value for name, value in vars(chosen).items() if isinstance(value, Tensor)}
+        ctx.way, ctx.names = chosen, list(tensors)
+        ctx.save_for_backward(*tensors.values())  # torch frees them in time, and notices if one is overwritten
+        for name in tensors:
+            delattr(chosen, name)
+        return x_hat, latents
 
     @staticmethod
     def backward(ctx, grad_x_hat, grad_latents):
         first_derivative_only("a sparse path, unlike path='dense',")
-        W_enc, *_ = ctx.saved_tensors
-        grad, *weights = ctx.way.gradients(grad_x_hat.contiguous(), grad_latents)
-        grad_W_enc, grad_b_enc, grad_W_dec = (weight.to(W_enc.dtype) for weight in weights)
-        grad_x = ctx.way.of_x(grad).to(W_enc.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, grad_x_hat.sum(0) - grad_b_enc @ W_enc, grad_W_enc, grad_b_enc, grad_W_dec, None
+        chosen = copy(ctx.way)
+        vars(chosen).update(zip(ctx.names, ctx.saved_tensors))
+        grad, *weights = chosen.gradients(grad_x_hat.contiguous(), grad_latents)
+        grad_W_enc, grad_b_enc, grad_W_dec = (weight.to(chosen.W_enc.dtype) for weight in weights)
+        grad_x = chosen.of_x(grad).to(chosen.W_enc.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_x_hat.sum(0) - grad_b_enc @ chosen.W_enc, grad_W_enc, grad_b_enc, grad_W_dec, None
 
 
 def relu(x: Float[Tensor, "batch d"], b_pre: Float[Tensor, " d"], W_enc: Float[Tensor, "n_latents d"],
