@@ -18,7 +18,7 @@ LENGTHS = Path(__file__).parent / "rows" / "lengths.jsonl"
 
 
 def at_l0(points: Sequence[tuple[float, float]], l0: float) -> float:
-    """Normalized MSE at a wanted L0, by straight lines between neighbours on logarithmic axes.
+    """Normalized MSE at a wanted L0, by straight lines between neighbours on logarithmic axes; or any y at a wanted x.
 
     Args:
         points: (L0, normalized MSE) of one method and one seed.
@@ -45,6 +45,9 @@ def metric_at(rows: Sequence[dict], method: str, l0: float, metric: str = "norma
 
     Returns:
         Seed -> value; NaN where `at_l0` has none.
+
+    Raises:
+        ValueError: a metric that is 0 or less in a run, where it is to be read between runs.
     """
     by_seed: dict[int, list[dict]] = {}
     for row in rows:
@@ -54,6 +57,8 @@ def metric_at(rows: Sequence[dict], method: str, l0: float, metric: str = "norma
     for seed, members in by_seed.items():
         exact = [row for row in members if METHODS[method].knob == "k" and row["config"]["sparsity"] == l0]
         points = [(row["metrics"]["l0"], row["metrics"][metric]) for row in members]
+        require(bool(exact) or all(value > 0 for at, value in points if at > 0), "metric", metric,
+                "one that is above 0 in every run, to be read on a logarithmic axis")
         table[seed] = exact[0]["metrics"][metric] if exact else at_l0(points, l0)
     return table
 
@@ -86,6 +91,7 @@ def by_length(subject: str, l0: float) -> dict[int, list[dict]]:
         l0: where rates are compared (see `at_best_rates`).
     """
     rows = [row for row in read_rows(LENGTHS) if row["config"]["subject"] == subject]
+    require(len(rows) > 0, "subject", subject, "one that tools/lengths.py trained on")
     return {n: at_best_rates([row for row in rows if row["config"]["n_tokens"] == n], l0)
             for n in sorted({row["config"]["n_tokens"] for row in rows})}
 

@@ -93,6 +93,14 @@ def test_a_method_that_is_not_there_is_named():
         frontiers.ratios([], "relu", "TopK")
 
 
+def test_a_metric_of_0_is_not_read_between_runs():
+    rows = [row("relu", 0.1, 0, 40, 0.3), row("relu", 0.2, 0, 20, 0.0)]
+    with pytest.raises(ValueError, match="metric is 'normalized_mse': it must be one that is above 0 in every run"):
+        frontiers.metric_at(rows, "relu", 32)
+    with pytest.raises(ValueError, match="subject is 'gpt2': it must be one that tools/lengths.py trained on"):
+        frontiers.by_length("gpt2", 32)
+
+
 def test_a_method_without_a_rate_that_reaches_the_l0_has_no_best_rows():
     rows = [row("topk", 32, 0, 32, 0.2, None), row("relu", 0.1, 0, 40, 0.3, None)]
     assert frontiers.at_best_rates(rows, 32) == rows[:1]

@@ -16,7 +16,7 @@ LENGTHS = (3_000_000, 1_000_000, 300_000, 100_000)
 # subject: n_latents, the L0 to compare at, learning rates, L1 coefficients around that L0
 SUBJECTS = {
     "pygpt": (1024, 32, (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2), (0.03, 0.045, 0.07, 0.1, 0.15)),
-    "synthetic": (256, 8, (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1), (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "synthetic": (256, 8, (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 1.28e-1, 2.56e-1), (0.1, 0.2, 0.3, 0.4, 0.5)),
 }
 
 
