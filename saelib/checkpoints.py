@@ -12,6 +12,7 @@ from saelib.files import plain, reading, write_whole
 def describe(run: dict, **about) -> dict:
     """What a run is, as plain values: its own, and those of the loop. What a checkpoint would not give back as it was
     is refused, before any step."""
+    require(isinstance(run, dict), "run", run, "a dict of plain values")
     require(not run.keys() & about.keys(), "run", run, f"a dict with other names than {', '.join(about)}")
     return json.loads(json.dumps(about | run, default=plain))
 
@@ -27,7 +28,7 @@ def resume(path: Path, about: dict, device: torch.device, restore: Callable[[dic
         return
     with reading("checkpoint", path, "be a file that `train` wrote"):
         state = torch.load(path, weights_only=True, map_location=device)
-        for name in (about | state["about"]):
+        for name in about | state["about"]:
             there, value = state["about"].get(name), about.get(name)
             require(there == value, "checkpoint", f"{path} of a run with {name} {there!r}",
                     f"of this run, with {value!r}")

@@ -33,7 +33,7 @@ def normalise(x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_mod
 
     Returns:
         Vectors of norm 1, in float32. One that is constant over its dimensions becomes 0, and so does one whose square
-        float32 has no room for: of a norm above 1e19 or below 1e-22.
+        float32 has no room for: of a norm above 1e19, or below about 1e-22 sqrt(d_model).
 
     Paper: §2.1
     """

@@ -1,7 +1,7 @@
 """The sparse autoencoder: two matrices, two biases and a method."""
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +17,7 @@ from saelib.files import json_of, reading, write_whole
 from saelib.normalisation import UNIT_NORM, check_normalisation, check_normalised, normalise, size_and_mean
 
 FORMAT = "saelib-1"
-# what each path computes with; the dense one does in AuxK alone
-PAIRS = {"sparse": pairs.Active, "native": native.Active, "dense": pairs.Active}
+PAIRS = {"sparse": pairs.Active, "native": native.Active, "dense": pairs.Active}  # of a path; dense in AuxK alone
 # floats read as integers of their size keep their sign: so `> 0` means the same, and integers compare faster
 WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 SPARSE = torch.float32, torch.float64  # the types that a CPU has sparse products for, with their gradients
@@ -204,7 +203,7 @@ class SAE(nn.Module):
 
 
 def load(folder: str | Path) -> SAE:
-    """Read an SAE that `SAE.save` wrote.
+    """Read an SAE that `SAE.save` wrote, in the type that it had. To train one of 16 bits call `.float()` first.
 
     Raises:
         ValueError: the folder holds no SAE of this format, or its tensors do not fit its description.
@@ -222,7 +221,7 @@ def load(folder: str | Path) -> SAE:
                                  f"finite numbers")
         require(tensors.keys() == sae.state_dict().keys(), "folder", str(folder),
                 f"one with no other tensors than {', '.join(sae.state_dict())}")
-        sae.to(tensors["W_enc"].dtype).load_state_dict(tensors)
+        sae.to(reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))).load_state_dict(tensors)
     return sae.eval()
 
 
@@ -240,6 +239,7 @@ def geometric_median(x: Float[Tensor, "batch d_model"], n_steps: int = 50) -> Fl
 
     Paper: Appendix A.1 (initial b_pre)
     """
+    dtype, x = x.dtype, x.float() if x.itemsize < 4 else x  # a half has no room for what is tiny
     median = x.mean(0)
     tiny = (1e-8 * (x - median).norm(dim=1).mean()).clamp_min(torch.finfo(x.dtype).tiny)
     for _ in range(n_steps):
@@ -247,4 +247,4 @@ def geometric_median(x: Float[Tensor, "batch d_model"], n_steps: int = 50) -> Fl
         previous, median = median, weight @ x / weight.sum()
         if (median - previous).norm() <= 100 * tiny:
             break
-    return median
+    return median.to(dtype)

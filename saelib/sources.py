@@ -187,7 +187,7 @@ def from_tensor(x: Tensor | numpy.ndarray, name: str = "tensor", held_out_fracti
 def halves(x: Tensor, held_out_fraction: float = 0.1) -> tuple[Tensor, Tensor]:
     """Rows to train on, and the last ones, which are held out: at least one of each, or ValueError."""
     require(len(x) >= 2, "source", f"of shape {list(x.shape)}",
-            "at least two tokens, one to train on and one to hold out")
+            "of at least two tokens, one to train on and one to hold out")
     require(isinstance(held_out_fraction, Real) and 0 < held_out_fraction < 1, "held_out_fraction", held_out_fraction,
             "above 0 and below 1")
     n_held_out = min(max(1, round(len(x) * held_out_fraction)), len(x) - 1)

@@ -18,7 +18,7 @@ from saelib.sae import SAE
 BOUNDS = {"lr": (0, math.inf), "penalty_warmup": (0, 1), "auxk_coef": (0, math.inf), "ema_decay": (0, 0.999999)}
 PATHS = "sparse", "graph", "native", "dense"
 LOG_POINTS = 100
-UNIT = 1e-3  # how far from 1 the norm of a decoder row may be
+UNIT = 5e-3  # how far from 1 the norm of a decoder row may be
 CHECKPOINT_SECONDS = 60
 
 
@@ -43,7 +43,7 @@ def check(sae: SAE, path: str, k_aux: int | None, n_steps: int, dead_after: int,
             "of float32 weights: precision='bf16' multiplies in bfloat16")
     norms = sae.W_dec.detach().norm(dim=1)
     require(bool((norms - 1).abs().max() < UNIT), "sae", f"with decoder rows of norm {norms.min():.3g} to "
-            f"{norms.max():.3g}", "of unit rows, as training keeps them: scaling them would change what it computes")
+            f"{norms.max():.3g}", "of unit rows: `normalise_decoder` scales them, which changes what it computes")
     require(path in PATHS, "path", path, f"one of {', '.join(PATHS)}")
     if path == "graph":
         graphs.check(sae)
@@ -53,7 +53,7 @@ def check(sae: SAE, path: str, k_aux: int | None, n_steps: int, dead_after: int,
     for name, value in numbers.items():
         check_number(name, value, *BOUNDS[name])
     require(not numbers["ema_decay"] or not list(sae.buffers()), "ema_decay", numbers["ema_decay"],
-            f"0 for {sae.method.key}, whose threshold is learnt for the weights as they are, and not for their average")
+            f"0 for {sae.method.key}, whose buffers are learnt for the weights as they are, and not for their average")
 
 
 @own_modes()
@@ -111,8 +111,9 @@ def train(sae: SAE, batches: Callable[[int], Iterable[Tensor]], n_steps: int, *,
         checkpoints.resume(kept, about, sae.W_dec.device, loop.restore)
     saved, start, log_every = time.monotonic(), loop.step, max(1, n_steps // LOG_POINTS)
     for x in islice(batches(loop.step), n_steps - loop.step):
+        rows = sae.tokens(x)
         if loop.step == start:
-            sae.check_normalised(sae.tokens(x))
+            sae.check_normalised(rows)
         x = x.to(sae.W_dec.device, sae.W_dec.dtype, non_blocking=True)
         log = (loop.step + 1) % log_every == 0 or loop.step + 1 == n_steps
         loop.one(x, schedule(loop.step, n_steps), warmed(loop.step, n_steps, penalty_warmup), path, precision, log)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import saelib
-from saelib import auto, formats, native, sources
+from saelib import auto, formats, native, relu_path, sources
 from saelib.sae import SAE, geometric_median
 
 
@@ -338,6 +338,8 @@ def test_the_geometric_median_is_the_same_on_every_scale(scale):
     x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0)).exp()
     torch.testing.assert_close(geometric_median(scale * x) / scale, geometric_median(x), rtol=1e-4, atol=0)
     assert torch.equal(geometric_median(torch.ones(9, 3)), torch.ones(3))
+    half = (100 * x).half()
+    torch.testing.assert_close(geometric_median(half), geometric_median(half.float()).half())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -353,7 +355,8 @@ def test_an_sae_comes_back_in_its_own_type(tmp_path, dtype):
 def test_float32_is_float32_inside_a_callers_autocast(method, sparsity, path):
     sae, x = SAE(16, 2048, method, sparsity), torch.randn(30, 16, generator=torch.Generator().manual_seed(0))
     if method == "relu":
-        sae.b_enc.data -= 0.6  # few are active
+        sae.b_enc.data -= 2.5
+        assert relu_path.few_active(sae.run(x, path).latents)
     expected = sae.run(x, path).x_hat
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(sae.run(x, path).x_hat, expected)

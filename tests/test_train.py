@@ -467,7 +467,7 @@ def test_decoder_rows_of_other_norms_are_refused_before_any_step():
 
 
 def test_an_average_of_weights_is_refused_where_a_threshold_is_learnt_for_others():
-    with pytest.raises(ValueError, match="ema_decay is 0.9: it must be 0 for batchtopk, whose threshold"):
+    with pytest.raises(ValueError, match="ema_decay is 0.9: it must be 0 for batchtopk, whose buffers"):
         train(SAE(16, 40, "batchtopk", 4), batches_of(X, 1), 1, ema_decay=0.9)
 
 
